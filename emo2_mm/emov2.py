@@ -1,0 +1,349 @@
+"""EMOv2: a backbone of improved inverted residual mobile blocks (arXiv 2412.06674)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .attention import SEWMHSA
+from .checkpoint import load_backbone_weights
+
+EPS = 1e-6  # of every norm in the network
+BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
+
+# The four stages: strides 4 and 8 are convolutional, strides 16 and 32 attend.
+STAGE_ATTENDS = (False, False, True, True)
+
+
+def build_batch_norm(norm_cfg: Dict[str, Any], channels: int) -> nn.Module:
+    """Build the batch norm that ``norm_cfg`` names, with this network's eps unless it sets one."""
+    cfg = {'eps': EPS, **norm_cfg}
+    kind, requires_grad = cfg.pop('type', None), cfg.pop('requires_grad', True)
+    if kind not in BATCH_NORMS:
+        raise ValueError(f"norm_cfg has type {kind!r}; EMOv2 takes one of {list(BATCH_NORMS)}")
+    norm = BATCH_NORMS[kind](channels, **cfg)
+    return norm.requires_grad_(requires_grad)
+
+
+def channels_first(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a (B, C, H, W) module to a (B, H, W, C) map. Both permutations are views, not copies."""
+    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole samples at random (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+
+class I2RMB(nn.Module):
+    """Improved inverted residual mobile block (paper section 3.3).
+
+    ::
+
+        x ─ norm ─ expand ─┬─ depthwise ─ BN ─ SiLU ─(+)─ project ─ layer scale ─ drop path ─(+)─
+        │                  └──────── unless stride 2 ─┘                                       │
+        └──────────────────────────────────────────────────────────────── unless stride 2 ────┘
+
+    ``expand`` is a linear layer and an activation, or, where the block attends, :class:`SEWMHSA`.
+
+    Args:
+        in_channels: Channels of the input.
+        mid_channels: Channels between ``expand`` and ``project``.
+        out_channels: Channels of the output; equal to ``in_channels`` when ``stride`` is 1.
+        stride: 2 for the first block of a stage, which has no residual, else 1.
+        norm: The norm before the expansion: batch norm, or layer norm in the stages that attend.
+        act: Activation after a linear expansion.
+        attention: Expands instead of a linear layer when given.
+        norm_cfg: Batch norm after the depth-wise convolution.
+        drop_path_rate: Probability to drop the residual branch.
+        layer_scale_init_value: Initial factor on the branch.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        stride: int,
+        norm: nn.Module,
+        act: nn.Module,
+        attention: Optional[SEWMHSA],
+        norm_cfg: Dict[str, Any],
+        drop_path_rate: float,
+        layer_scale_init_value: float,
+    ) -> None:
+        super().__init__()
+        self.residual = stride == 1
+        self.norm = norm
+        self.expand = attention or nn.Sequential(
+            OrderedDict(linear=nn.Linear(in_channels, mid_channels), act=act)
+        )
+        self.depthwise = nn.Conv2d(
+            mid_channels, mid_channels, 5, stride, padding=2, groups=mid_channels, bias=False
+        )
+        self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
+        self.depthwise_act = nn.SiLU()
+        self.project = nn.Linear(mid_channels, out_channels, bias=False)
+        self.layer_scale = nn.Parameter(torch.full((out_channels,), layer_scale_init_value))
+        self.drop_path = DropPath(drop_path_rate)
+
+    def spatial(self, x: Tensor) -> Tensor:
+        """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
+        return self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
+        if isinstance(self.norm, nn.LayerNorm):
+            y = self.norm(x)
+        else:
+            y = channels_first(self.norm, x)
+        y = self.expand(y)
+        local = channels_first(self.spatial, y)
+        y = y + local if self.residual else local
+        y = self.layer_scale * self.project(y)
+        return x + self.drop_path(y) if self.residual else y
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep running statistics as they are, so that recomputing a block does not count its batch twice."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, (momentum, batches) in zip(norms, before):
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(batches)
+
+
+@MODELS.register_module()
+class EMOv2(BaseModule):
+    """EMOv2 backbone, by Zhang et al., `Pushing 5M Vision Model Frontier
+    <https://arxiv.org/abs/2412.06674>`_.
+
+    A convolutional stem at stride 2, then four stages of :class:`I2RMB` at strides 4, 8, 16 and 32. The
+    first two stages are convolutional, the last two attend in neighbour and distant windows. The
+    first block of a stage halves the resolution and expands twice as wide. Maps are kept channels
+    last inside: (B, H, W, C).
+
+    Args:
+        arch: '1m', '2m', '5m', '20m' or '50m', or a dict with the keys ``depths`` (blocks), ``channels``
+            and ``expand_ratios`` of the four stages, and ``head_dim``.
+        in_channels: Channels of the input image. Defaults to 3.
+        window_size: Side of an attention window in tokens; weights do not depend on it. The published
+            models use 7 at 224 x 224, 8 at 256 and 512, 10 in detection and segmentation. Defaults to 7.
+        drop_path_rate: Rate of the last block; it grows linearly from 0. Defaults to 0.
+        layer_scale_init_value: Initial value of the layer scale. Defaults to 1e-6.
+        out_indices: Stages (0-3, strides 4-32) whose maps are returned, in rising order. Later stages are
+            not built. Defaults to all four.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages: no gradient,
+            and always in eval mode. Defaults to -1.
+        norm_eval: Keep batch norms in eval mode while training. Defaults to False.
+        with_cp: Recompute blocks in the backward pass to save memory. Defaults to False.
+        final_norm: Apply a layer norm to the map of the last stage, as classification does. Defaults to
+            False.
+        norm_cfg: Batch norm, ``dict(type='BN')`` or ``dict(type='SyncBN')``, with ``requires_grad`` and
+            the arguments of torch's classes; eps is 1e-6 unless given. Defaults to ``dict(type='BN')``.
+        init_cfg: MMEngine's initialisation config. ``dict(type='Pretrained', checkpoint=FILE)`` takes
+            published files and those of MMPretrain, MMDetection and MMSegmentation.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range; the message lists what is allowed.
+
+    Examples:
+        >>> import torch
+        >>> from emo2_mm import EMOv2
+        >>> for map in EMOv2('1m').eval()(torch.rand(1, 3, 224, 224)):
+        ...     print(tuple(map.shape))
+        (1, 32, 56, 56)
+        (1, 48, 28, 28)
+        (1, 80, 14, 14)
+        (1, 180, 7, 7)
+    """
+
+    arch_settings: Dict[str, Dict[str, Any]] = {
+        '1m': dict(depths=(2, 2, 8, 3), channels=(32, 48, 80, 180), expand_ratios=(2, 2.5, 3, 3.5), head_dim=20),
+        '2m': dict(depths=(3, 3, 9, 3), channels=(32, 48, 120, 200), expand_ratios=(2, 2.5, 3, 3.5), head_dim=20),
+        '5m': dict(depths=(3, 3, 9, 3), channels=(48, 72, 160, 288), expand_ratios=(2, 3, 4, 4), head_dim=32),
+        '20m': dict(depths=(3, 3, 13, 3), channels=(64, 128, 320, 448), expand_ratios=(2, 3, 4, 4), head_dim=32),
+        '50m': dict(depths=(5, 8, 20, 7), channels=(64, 128, 384, 512), expand_ratios=(2, 3, 4, 4), head_dim=32),
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        arch: Union[str, Dict[str, Any]] = '5m',
+        in_channels: int = 3,
+        window_size: int = 7,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        final_norm: bool = False,
+        norm_cfg: Dict[str, Any] = dict(type='BN'),
+        init_cfg: Union[None, Dict[str, Any], List[Dict[str, Any]]] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        settings = self._check_arch(arch)
+        depths, channels = settings['depths'], settings['channels']
+        self.out_indices = tuple(out_indices)
+        if not self.out_indices or list(self.out_indices) != sorted(set(out_indices) & set(range(4))):
+            raise ValueError(f'out_indices is {out_indices}; give rising numbers out of 0, 1, 2, 3')
+        num_stages = self.out_indices[-1] + 1
+        if frozen_stages not in range(-1, num_stages + 1):
+            raise ValueError(
+                f'frozen_stages is {frozen_stages}; out_indices={self.out_indices} builds '
+                f'{num_stages} stages: give -1 (none), 0 (stem) to {num_stages}'
+            )
+        if window_size < 1:
+            raise ValueError(f'window_size is {window_size}; give a positive number of tokens')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate is {drop_path_rate}; give a rate from 0 to below 1')
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+
+        width = channels[0] // 2
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(in_channels, width, 3, stride=2, padding=1),
+                norm=build_batch_norm(norm_cfg, width),
+                act=nn.SiLU(),
+                depthwise=nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+                depthwise_norm=build_batch_norm(norm_cfg, width),
+                depthwise_act=nn.SiLU(),
+                project=nn.Conv2d(width, width, 1, bias=False),
+            )
+        )
+
+        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList()
+        for i in range(num_stages):
+            blocks = []
+            for j in range(depths[i]):
+                first = j == 0  # halves the resolution, expands twice as wide and never attends
+                ratio = settings['expand_ratios'][i] * (2 if first else 1)
+                mid = int(width * ratio)
+                attends = STAGE_ATTENDS[i]
+                blocks.append(
+                    I2RMB(
+                        in_channels=width,
+                        mid_channels=mid,
+                        out_channels=channels[i],
+                        stride=2 if first else 1,
+                        norm=nn.LayerNorm(width, EPS)
+                        if attends
+                        else build_batch_norm(norm_cfg, width),
+                        act=nn.GELU() if attends else nn.SiLU(),
+                        attention=SEWMHSA(width, mid, settings['head_dim'], window_size)
+                        if attends and not first
+                        else None,
+                        norm_cfg=norm_cfg,
+                        drop_path_rate=next(drop_path_rates),
+                        layer_scale_init_value=layer_scale_init_value,
+                    )
+                )
+                width = channels[i]
+            self.stages.append(nn.Sequential(*blocks))
+
+        self.norm = nn.LayerNorm(width, EPS) if final_norm else None
+        self._freeze()
+
+    @classmethod
+    def _check_arch(cls, arch: Union[str, Dict[str, Any]]) -> Dict[str, Any]:
+        if isinstance(arch, str):
+            if arch not in cls.arch_settings:
+                raise ValueError(f'arch is {arch!r}; give one of {list(cls.arch_settings)} or a dict')
+            return cls.arch_settings[arch]
+        keys = {'depths', 'channels', 'expand_ratios', 'head_dim'}
+        if set(arch) != keys:
+            raise ValueError(f'arch has the keys {sorted(arch)}; give exactly {sorted(keys)}')
+        for key in ('depths', 'channels', 'expand_ratios'):
+            if len(arch[key]) != 4:
+                raise ValueError(f'arch[{key!r}] is {arch[key]}; give four values, one a stage')
+        for channels, ratio, attends in zip(arch['channels'], arch['expand_ratios'], STAGE_ATTENDS):
+            heads, rest = divmod(channels, arch['head_dim'])
+            if attends and (rest or int(channels * ratio) % heads):
+                raise ValueError(
+                    f'a stage of {channels} channels and expand ratio {ratio} does not divide into '
+                    f"heads of {arch['head_dim']}; change arch['channels'], ['expand_ratios'] or ['head_dim']"
+                )
+        return arch
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Compute the maps of an image.
+
+        Args:
+            x: Images of shape (B, in_channels, H, W), of any size.
+
+        Returns:
+            For each of ``out_indices`` a map of shape (B, channels, ceil(H / stride), ceil(W / stride)).
+        """
+        x = self.stem(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            for block in stage:
+                x = self._recomputed(block, x) if self.with_cp and self.training else block(x)
+            if i in self.out_indices:
+                last = self.norm is not None and i == len(self.stages) - 1
+                outs.append((self.norm(x) if last else x).permute(0, 3, 1, 2))
+        return tuple(outs)
+
+    @staticmethod
+    def _recomputed(block: I2RMB, x: Tensor) -> Tensor:
+        return checkpoint(
+            block,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _frozen_statistics(block)),
+        )
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says; a ``Pretrained`` one must provide every weight.
+
+        Raises:
+            ValueError: If weights are missing or have other shapes.
+        """
+        cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        for cfg in cfgs:
+            if cfg['type'] == 'Pretrained':
+                load_backbone_weights(self, cfg['checkpoint'])
+                self._is_init = True
+        super().init_weights()
+
+    def _freeze(self) -> None:
+        if self.frozen_stages >= 0:
+            for module in (self.stem, *self.stages[: self.frozen_stages]):
+                module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> EMOv2:
+        """Set the training mode, but for frozen stages and, with ``norm_eval``, batch norms."""
+        super().train(mode)
+        self._freeze()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
