@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import SEWMHSA
 from .checkpoint import load_backbone_weights
+from .depthwise import DepthwiseConv2d
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -96,9 +97,7 @@ class I2RMB(nn.Module):
         self.expand = attention or nn.Sequential(
             OrderedDict(linear=nn.Linear(in_channels, mid_channels), act=act)
         )
-        self.depthwise = nn.Conv2d(
-            mid_channels, mid_channels, 5, stride, padding=2, groups=mid_channels, bias=False
-        )
+        self.depthwise = DepthwiseConv2d(mid_channels, 5, stride)
         self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
         self.depthwise_act = nn.SiLU()
         self.project = nn.Linear(mid_channels, out_channels, bias=False)
@@ -231,7 +230,7 @@ class EMOv2(BaseModule):
                 conv=nn.Conv2d(in_channels, width, 3, stride=2, padding=1),
                 norm=build_batch_norm(norm_cfg, width),
                 act=nn.SiLU(),
-                depthwise=nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+                depthwise=DepthwiseConv2d(width, 3),
                 depthwise_norm=build_batch_norm(norm_cfg, width),
                 depthwise_act=nn.SiLU(),
                 project=nn.Conv2d(width, width, 1, bias=False),
@@ -327,11 +326,13 @@ class EMOv2(BaseModule):
             ValueError: If weights are missing or have other shapes.
         """
         cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
-        for cfg in cfgs:
-            if cfg['type'] == 'Pretrained':
-                load_backbone_weights(self, cfg['checkpoint'])
-                self._is_init = True
-        super().init_weights()
+        pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
+        if not pretrained:
+            super().init_weights()
+            return
+        for cfg in pretrained:
+            load_backbone_weights(self, cfg['checkpoint'])
+        self._is_init = True
 
     def _freeze(self) -> None:
         if self.frozen_stages >= 0:

@@ -1,0 +1,7 @@
+# EMOv2-20M on ImageNet-1K at 224: no result is published as a table row.
+_base_ = './emo2_5m.py'
+
+model = dict(
+    backbone=dict(arch='20m', drop_path_rate=0.1),
+    head=dict(in_channels=448),
+)

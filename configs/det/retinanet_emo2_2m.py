@@ -1,0 +1,8 @@
+# RetinaNet on EMOv2-2M, COCO 1x: reported box mAP 39.3.
+_base_ = './retinanet_emo2_5m.py'
+
+checkpoint = 'checkpoints/EMOv2_2M_224.pth'
+model = dict(
+    backbone=dict(arch='2m', drop_path_rate=0.05, init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[32, 48, 120, 200]),
+)

@@ -1,0 +1,135 @@
+"""Published classification files become checkpoints that MMPretrain loads to the last key."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import generated_state_dict, golden_cases, normal, relative_error
+
+from emo2_mm import EMOv2
+
+mmpretrain = pytest.importorskip('mmpretrain')
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location('convert_checkpoint', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def convert(src, dst):
+    return load_tool().convert(str(src), Path(dst))
+
+
+@pytest.mark.parametrize('arch', EMOv2.arch_settings)
+def test_every_key_is_the_classifier_s(arch, tmp_path):
+    weights = generated_state_dict(arch, 3)
+    torch.save({'net': weights}, tmp_path / 'src.pth')
+    said = convert(tmp_path / 'src.pth', tmp_path / 'new' / 'dst.pth')
+    assert said == f'{tmp_path}/new/dst.pth: arch {arch}, {len(weights)} tensors, 1000 classes'
+
+    config = str(ROOT / 'configs' / 'cls' / f'emo2_{arch}.py')
+    model = mmpretrain.get_model(config, pretrained=str(tmp_path / 'new' / 'dst.pth'))
+    content = torch.load(tmp_path / 'new' / 'dst.pth', weights_only=True)
+    assert content['meta']['arch'] == arch
+    expected = model.state_dict()
+    assert content['state_dict'].keys() == expected.keys()
+    for name, tensor in content['state_dict'].items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.is_contiguous() and tensor.dtype == expected[name].dtype
+    assert os.listdir(tmp_path / 'new') == ['dst.pth']
+
+
+@pytest.mark.parametrize('arch', ['1m', '5m'])
+def test_logits_are_the_recorded_ones(arch, tmp_path):
+    case = next(c for c in golden_cases() if c['arch'] == arch and c['size'] == [224, 224])
+    torch.save({'net_E': generated_state_dict(arch, case['seed'])}, tmp_path / 'src.pth')
+    convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')
+    config = str(ROOT / 'configs' / 'cls' / f'emo2_{arch}.py')
+    model = mmpretrain.get_model(config, pretrained=str(tmp_path / 'dst.pth')).eval()
+    with torch.no_grad():
+        logits = model(normal((case['batch'], 3, *case['size']), case['seed'] + 1))
+    assert relative_error(logits, case['logits']) < 1e-5
+
+
+def test_a_converted_file_converts_to_itself(tmp_path):
+    torch.save(generated_state_dict('1m', 3), tmp_path / 'src.pth')
+    convert(tmp_path / 'src.pth', tmp_path / 'one.pth')
+    convert(tmp_path / 'one.pth', tmp_path / 'two.pth')
+    assert (tmp_path / 'one.pth').read_bytes() == (tmp_path / 'two.pth').read_bytes()
+
+
+def test_command_line(tmp_path):
+    torch.save(generated_state_dict('1m', 3), tmp_path / 'src.pth')
+    command = [sys.executable, TOOL, tmp_path / 'src.pth', tmp_path / 'dst.pth']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout == f'{tmp_path}/dst.pth: arch 1m, 228 tensors, 1000 classes\n'
+
+
+def test_errors_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(tmp_path / 'dst.pth')]
+    )
+    assert load_tool().main() == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ('', f'error: {tmp_path}/none.pth: no such checkpoint file\n')
+    for arg, code in (('--help', 0), ('only_src.pth', 2)):
+        monkeypatch.setattr(sys, 'argv', ['tool', arg])
+        with pytest.raises(SystemExit) as stop:
+            load_tool().main()
+        assert stop.value.code == code
+
+
+def test_src_is_not_overwritten(tmp_path):
+    torch.save(generated_state_dict('1m', 3), tmp_path / 'src.pth')
+    (tmp_path / 'link.pth').symlink_to(tmp_path / 'src.pth')
+    before = (tmp_path / 'src.pth').read_bytes()
+    for dst in (tmp_path / 'src.pth', tmp_path / 'link.pth'):
+        with pytest.raises(ValueError, match='DST is SRC itself'):
+            convert(tmp_path / 'src.pth', dst)
+    with pytest.raises(ValueError, match='DST is a folder'):
+        convert(tmp_path / 'src.pth', tmp_path)
+    assert (tmp_path / 'src.pth').read_bytes() == before
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    torch.save(generated_state_dict('1m', 3), tmp_path / 'src.pth')
+    (tmp_path / 'dst.pth').write_text('old')
+
+    def fail(content, file):
+        file.write(b'half')
+        raise OSError('no space left')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(OSError, match='no space left'):
+        convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')
+    assert (tmp_path / 'dst.pth').read_text() == 'old'
+    assert sorted(os.listdir(tmp_path)) == ['dst.pth', 'src.pth']
+
+
+@pytest.mark.parametrize(
+    ('change', 'expected'),
+    [
+        (lambda w: {k: v for k, v in w.items() if 'head' not in k}, 'holds no classifier head'),
+        (lambda w: {k: v for k, v in w.items() if k != 'norm.norm.bias'}, '1 missing: norm.bias'),
+        (lambda w: {'conv1.weight': torch.ones(1)}, 'weights of none of the archs'),
+    ],
+    ids=['dense', 'without norm', 'another network'],
+)
+def test_files_that_cannot_be_converted(change, expected, tmp_path):
+    torch.save(change(generated_state_dict('1m', 3)), tmp_path / 'src.pth')
+    with pytest.raises(ValueError) as error:
+        convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')
+    assert str(error.value).startswith(f'{tmp_path}/src.pth: ') and expected in str(error.value)
+    assert not (tmp_path / 'dst.pth').exists()

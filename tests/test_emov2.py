@@ -1,0 +1,279 @@
+"""The backbone: exactness, shapes, arguments, freezing, recomputation."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Tuple
+
+import pytest
+import torch
+from golden import generated_state_dict, golden_cases, normal, relative_error
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import emo2_mm
+from emo2_mm import EMOv2
+from emo2_mm.checkpoint import find_state_dict
+
+TINY = dict(
+    depths=(1, 2, 2, 2),
+    channels=(8, 12, 16, 24),
+    expand_ratios=(2, 2.5, 3, 2),
+    head_dim=8,
+)
+CASES = golden_cases()
+
+
+def tiny(seed: int = 0, **kwargs: Any) -> EMOv2:
+    """A small backbone in which every branch counts: layer scale 0.5, no statistic at its default."""
+    torch.manual_seed(seed)
+    model = EMOv2(TINY, layer_scale_init_value=0.5, window_size=3, **kwargs)
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            nn.init.normal_(norm.running_mean, std=0.1)
+            nn.init.uniform_(norm.running_var, 0.8, 1.2)
+    return model
+
+
+def golden_model(case: Dict[str, Any]) -> Tuple[EMOv2, Dict[str, Tensor]]:
+    weights = find_state_dict(generated_state_dict(case['arch'], case['seed']))
+    model = EMOv2(case['arch'], window_size=case['window_size'], final_norm=True)
+    own = model.state_dict()
+    model.load_state_dict({name: weights[name].reshape(own[name].shape) for name in own})
+    return model.eval(), weights
+
+
+def logits_of(model: EMOv2, weights: Dict[str, Tensor], x: Tensor) -> Tensor:
+    return model(x)[-1].mean((2, 3)) @ weights['head.fc.weight'].T + weights['head.fc.bias']
+
+
+def name_of(case: Dict[str, Any]) -> str:
+    return f'{case["arch"]}-{case["size"][0]}x{case["size"][1]}'
+
+
+class TestGolden:
+    @pytest.mark.parametrize('case', CASES, ids=name_of)
+    def test_outputs(self, case: Dict[str, Any]) -> None:
+        model, weights = golden_model(case)
+        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
+        with torch.no_grad():
+            logits = logits_of(model, weights, x)
+            model.norm = None  # recorded without it
+            maps = (model.stem(x), *model(x))
+        assert relative_error(logits, case['logits']) < 1e-5
+        for i, record in enumerate(case.get('features', {}).values()):
+            assert relative_error(maps[i], record) < 1e-5
+
+    @pytest.mark.parametrize('case', [c for c in CASES if 'param_grad' in c], ids=name_of)
+    def test_gradients(self, case: Dict[str, Any]) -> None:
+        model, weights = golden_model(case)
+        weights['head.fc.bias'].requires_grad_()
+        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
+        logits = logits_of(model, weights, x)
+        logits.backward(normal(logits.shape, case['seed'] + 2))
+        own = dict(model.named_parameters(), **{'head.fc.bias': weights['head.fc.bias']})
+        assert relative_error(x.grad, case['input_grad']) < 1e-4
+        for published, record in case['param_grad'].items():
+            (name,) = find_state_dict({published: torch.zeros(1)})
+            assert relative_error(own[name].grad.reshape(record['shape']), record) < 1e-4
+
+
+class TestForward:
+    @pytest.mark.parametrize('size', [(1, 1), (7, 64), (33, 70), (200, 96), (64, 64)])
+    def test_any_size(self, size: Tuple[int, int]) -> None:
+        maps = tiny().eval()(torch.rand(1, 3, *size))
+        assert isinstance(maps, tuple)
+        strides = (4, 8, 16, 32)
+        expected = [
+            (1, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(TINY['channels'], strides)
+        ]
+        assert [tuple(m.shape) for m in maps] == expected
+        assert all(m.isfinite().all() for m in maps)
+
+    @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+    def test_memory_layout_of_the_input_changes_nothing(self, layout: torch.memory_format) -> None:
+        model, x = tiny().eval(), torch.rand(2, 3, 40, 56)
+        for a, b in zip(model(x.contiguous(memory_format=layout)), model(x[:, :, :, :])):
+            torch.testing.assert_close(a, b)
+
+    def test_images_of_a_batch_do_not_mix(self) -> None:
+        model, x = tiny().eval(), torch.rand(3, 3, 50, 40)
+        for i in range(3):
+            for whole, single in zip(model(x), model(x[i : i + 1])):
+                torch.testing.assert_close(whole[i], single[0], rtol=1e-4, atol=1e-5)
+
+    def test_window_size_does_not_touch_weights(self) -> None:
+        a, b = EMOv2(TINY, window_size=3), EMOv2(TINY, window_size=5)
+        assert {k: v.shape for k, v in a.state_dict().items()} == {
+            k: v.shape for k, v in b.state_dict().items()
+        }
+
+    def test_drop_path_drops_whole_samples_in_training_only(self) -> None:
+        model = tiny(drop_path_rate=0.9)
+        block = model.stages[3][1]
+        assert block.drop_path.rate == pytest.approx(0.9)
+        x = torch.rand(16, 4, 4, 24)
+        torch.manual_seed(0)
+        unchanged = [torch.equal(a, b) for a, b in zip(block.train()(x), x)]
+        assert 8 <= sum(unchanged) < 16
+        assert not any(torch.equal(a, b) for a, b in zip(block.eval()(x), x))
+
+    def test_kept_samples_are_scaled_so_that_the_mean_stays(self) -> None:
+        drop = emo2_mm.emov2.DropPath(0.25).train()
+        values = drop(torch.ones(64, 1, 1, 1)).unique().tolist()
+        assert values == pytest.approx([0.0, 1 / 0.75])
+
+
+class TestArguments:
+    @pytest.mark.parametrize('indices', [(0,), (3,), (0, 2), [1, 2], (0, 1, 2, 3)])
+    def test_out_indices(self, indices: List[int]) -> None:
+        x = torch.rand(1, 3, 64, 32)
+        model, whole = tiny(out_indices=indices).eval(), tiny().eval()
+        whole.load_state_dict(model.state_dict(), strict=False)
+        maps = model(x)
+        assert len(model.stages) == indices[-1] + 1  # no stage beyond the last output
+        assert len(maps) == len(indices)
+        for map, i in zip(maps, indices):
+            torch.testing.assert_close(map, whole(x)[i])
+
+    @pytest.mark.parametrize(
+        ('kwargs', 'message'),
+        [
+            (dict(arch='3m'), r"arch is '3m'; give one of \['1m', '2m', '5m', '20m', '50m'\]"),
+            (dict(arch=dict(depths=(1, 1, 1, 1))), 'give exactly'),
+            (dict(arch=dict(TINY, depths=(1, 1))), r"arch\['depths'\] is \(1, 1\)"),
+            (dict(arch=dict(TINY, head_dim=7)), 'does not divide into heads of 7'),
+            (dict(arch=dict(TINY, expand_ratios=(2, 2, 2, 2.1))), 'does not divide into heads'),
+            (dict(out_indices=(4,)), r'out_indices is \(4,\)'),
+            (dict(out_indices=(-1,)), r'out_indices is \(-1,\)'),
+            (dict(out_indices=(2, 1)), 'rising'),
+            (dict(out_indices=()), r'out_indices is \(\)'),
+            (dict(frozen_stages=5), 'frozen_stages is 5'),
+            (dict(frozen_stages=2, out_indices=(0,)), 'builds 1 stages'),
+            (dict(window_size=0), 'window_size is 0'),
+            (dict(drop_path_rate=1.0), 'drop_path_rate is 1.0'),
+            (dict(norm_cfg=dict(type='GN')), "type 'GN'"),
+        ],
+    )
+    def test_a_wrong_one_is_named(self, kwargs: Dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            EMOv2(**kwargs)
+
+    def test_the_callers_sequences_are_not_changed(self) -> None:
+        indices, arch = [1, 3], dict(TINY, depths=[1, 1, 1, 1])
+        EMOv2(arch, out_indices=indices)
+        assert indices == [1, 3]
+        assert arch == dict(TINY, depths=[1, 1, 1, 1])
+
+    def test_in_channels(self) -> None:
+        assert tiny(in_channels=1)(torch.rand(2, 1, 32, 32))[0].shape == (2, 8, 8, 8)
+
+    def test_final_norm_normalises_the_last_map_only(self) -> None:
+        x = torch.rand(2, 3, 64, 64)
+        plain, normed = tiny().eval(), tiny(final_norm=True).eval()
+        assert torch.equal(plain(x)[2], normed(x)[2])
+        last = normed(x)[3]
+        torch.testing.assert_close(last.mean(1), torch.zeros(2, 2, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(normed.norm(plain(x)[3].permute(0, 2, 3, 1)).permute(0, 3, 1, 2), last)
+
+    def test_norm_cfg_sets_the_class_and_keeps_eps(self) -> None:
+        model = EMOv2(TINY, norm_cfg=dict(type='SyncBN', momentum=0.03, requires_grad=False))
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        assert {(type(m), m.momentum, m.eps) for m in norms} == {(nn.SyncBatchNorm, 0.03, 1e-6)}
+        assert not any(p.requires_grad for m in norms for p in m.parameters())
+
+    def test_every_norm_has_the_eps_of_the_network_and_norm_in_its_name(self) -> None:
+        norms = {
+            name: m
+            for name, m in EMOv2(TINY, final_norm=True).named_modules()
+            if isinstance(m, (_BatchNorm, nn.LayerNorm))
+        }
+        assert {m.eps for m in norms.values()} == {1e-6}
+        assert all('norm' in name.split('.')[-1] for name in norms)
+
+    def test_no_name_holds_head(self) -> None:
+        """Recipes give parameters whose name holds `head` another learning rate."""
+        assert not [name for name, _ in EMOv2('1m', final_norm=True).named_parameters() if 'head' in name]
+
+
+class TestRegistry:
+    @pytest.mark.parametrize('kind', ['EMOv2', 'emo2_mm.EMOv2'])
+    def test_root_registry_builds_it(self, kind: str) -> None:
+        assert isinstance(MODELS.build(dict(type=kind, arch='1m', out_indices=(0,))), EMOv2)
+
+    @pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet', 'mmseg'])
+    def test_code_bases_find_it(self, scope: str) -> None:
+        registry = pytest.importorskip(f'{scope}.registry').MODELS
+        assert registry.get('EMOv2') is EMOv2
+
+
+class TestFreezing:
+    @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 4])
+    def test_frozen_parts_from_construction_and_under_train(self, frozen_stages: int) -> None:
+        model = tiny(frozen_stages=frozen_stages)
+        for training in (None, False, True):
+            if training is not None:
+                assert model.train(training) is model
+            parts = [model.stem, *model.stages]
+            for i, part in enumerate(parts):
+                frozen = i <= frozen_stages
+                assert all(p.requires_grad != frozen for p in part.parameters())
+                expected = not frozen and training is not False
+                assert all(m.training == expected for m in part.modules())
+
+    def test_frozen_statistics_do_not_move_and_others_do(self) -> None:
+        model = tiny(frozen_stages=2).train()
+        before = {k: v.clone() for k, v in model.state_dict().items() if 'running' in k}
+        model(torch.rand(2, 3, 64, 64))
+        after = model.state_dict()
+        moved = {k.split('.')[0] + k.split('.')[1] for k, v in before.items() if not torch.equal(v, after[k])}
+        assert moved == {'stages2', 'stages3'}
+
+    def test_norm_eval_keeps_batch_norms_in_eval_mode(self) -> None:
+        model = tiny(norm_eval=True).train()
+        assert not any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
+        assert model.stages[0][0].expand.training
+        assert all(p.requires_grad for p in model.parameters())
+
+
+class TestGradients:
+    def test_every_parameter_receives_one(self) -> None:
+        model = tiny(final_norm=True).train()
+        torch.stack([m.square().mean() for m in model(torch.rand(2, 3, 64, 96))]).sum().backward()
+        without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+        assert without == []
+
+    @pytest.mark.parametrize('kwargs', [{}, dict(frozen_stages=2), dict(drop_path_rate=0.5)])
+    def test_recomputation_gives_the_same_gradients_and_statistics(self, kwargs: Dict[str, Any]) -> None:
+        results = []
+        for with_cp in (False, True):
+            model = tiny(with_cp=with_cp, **kwargs).train()
+            torch.manual_seed(1)
+            sum(m.square().mean() for m in model(torch.rand(2, 3, 64, 64))).backward()
+            results.append(
+                (
+                    {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+                    {n: b.clone() for n, b in model.named_buffers()},
+                )
+            )
+        (grads, buffers), (cp_grads, cp_buffers) = results
+        assert grads.keys() == cp_grads.keys()
+        for name in grads:
+            torch.testing.assert_close(grads[name], cp_grads[name], msg=name)
+        for name in buffers:
+            assert torch.equal(buffers[name], cp_buffers[name]), name
+
+    def test_recomputation_keeps_less_for_the_backward_pass(self) -> None:
+        kept = {}
+        for with_cp in (False, True):
+            sizes: List[int] = []
+
+            def pack(t: Tensor) -> Tensor:
+                sizes.append(t.numel())
+                return t
+
+            model = tiny(with_cp=with_cp).train()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                model(torch.rand(2, 3, 64, 64))
+            kept[with_cp] = sum(sizes)
+        assert kept[True] < kept[False] / 2

@@ -1,0 +1,166 @@
+"""The steps of tools/make_env.sh, with an interpreter that only notes down what it is asked."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WHEEL = f'mmcv-2.1.0-cp39-cp39-linux_{platform.machine()}.whl'
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >>"$NOTES"
+case "$*" in
+"- 11 10 9 8") echo 3.9 ;;
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip install "*torchvision*) [ -z "$BLOCK" ] || { touch "$BLOCK"; sleep 60; } ;;
+"-m pip download "*) while [ "$1" != -d ]; do shift; done; echo good >"$2/$WHEEL" ;;
+"-m pip install "*.whl) while [ $# != 1 ]; do shift; done; cp "$1" "$NOTES.installed" ;;
+"- cpu") grep -q good "$NOTES.installed" ;;
+"-") echo 'all of it' ;;
+esac
+"""
+
+
+def listen() -> None:
+    """Undo what nohup or a background job does: a shell cannot trap what it was told to ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Checkout:
+    """A folder with what make_env.sh reads, a user's cache with an mmcv wheel and a fake Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / 'checkout'
+        self.notes = folder / 'notes'
+        self.python = folder / 'python'
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+        for name in ('tools/make_env.sh', 'requirements', 'setup.py', 'emo2_mm/version.py'):
+            target = self.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, target)
+        self.wheel = folder / 'cache/emo2_mm/wheels/mmcv-2.1.0-torch2.1.2-cp39-cpu' / WHEEL
+        self.wheel.parent.mkdir(parents=True)
+        self.wheel.write_text('good')
+        self.env = {
+            **{k: v for k, v in os.environ.items() if k not in ('STACK', 'MAKEFLAGS')},
+            'PYTHON': str(self.python),
+            'GPU': '0',
+            'XDG_CACHE_HOME': str(folder / 'cache'),
+            'NOTES': str(self.notes),
+            'WHEEL': WHEEL,
+            'BLOCK': '',
+        }
+
+    def start(self, **env: str) -> subprocess.Popen[str]:
+        self.notes.write_text('')
+        return subprocess.Popen(
+            [str(self.root / 'tools' / 'make_env.sh')],
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=listen,
+        )
+
+    def run(self, status: int = 0, **env: str) -> str:
+        process = self.start(**env)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == status, output
+        return output
+
+    def asked(self, words: str) -> bool:
+        """Whether the last run asked the interpreter for it."""
+        return words in self.notes.read_text()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_finished_steps_are_not_redone(checkout: Checkout) -> None:
+    output = checkout.run()
+    assert '[6/6]' in output and 'Environment .venv is ready (all of it)' in output
+    assert checkout.asked('-m venv') and checkout.asked('torchvision') and checkout.asked(WHEEL)
+
+    assert 'nothing to do' in checkout.run()
+    assert not checkout.asked('-m pip')
+
+    with (checkout.root / 'requirements' / 'dev.txt').open('a') as file:
+        file.write('something-new\n')
+    assert '3 of 6 steps to do' in checkout.run()
+    assert checkout.asked('dev.txt') and checkout.asked('-e .')
+    assert not checkout.asked('torchvision') and not checkout.asked(WHEEL)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_step_is_redone(checkout: Checkout, tmp_path: Path, number: int) -> None:
+    blocked = tmp_path / 'blocked'
+    process = checkout.start(BLOCK=str(blocked))
+    while not blocked.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output = process.communicate(timeout=10)[0]  # would hang if the step outlived the script
+    assert process.returncode == 130 and 'Interrupted' in output
+
+    assert '5 of 6 steps to do' in checkout.run()
+    assert checkout.asked('torchvision') and not checkout.asked('-m venv')
+
+
+def test_half_made_environment_is_remade(checkout: Checkout) -> None:
+    checkout.run()
+    (checkout.root / '.venv' / '.steps' / 'venv').unlink()
+    (checkout.root / '.venv' / 'litter').touch()
+    assert '6 of 6 steps to do' in checkout.run()
+    assert not (checkout.root / '.venv' / 'litter').exists()
+
+
+def test_environment_whose_python_is_gone_is_remade(checkout: Checkout) -> None:
+    checkout.run()
+    (checkout.root / '.venv' / 'bin' / 'python').unlink()
+    assert '6 of 6 steps to do' in checkout.run()
+
+
+def test_moved_checkout_gets_a_new_environment(checkout: Checkout) -> None:
+    checkout.run()
+    checkout.root = checkout.root.rename(checkout.root.with_name('moved'))
+    assert '6 of 6 steps to do' in checkout.run()
+
+
+def test_environment_of_someone_else_is_left_alone(checkout: Checkout) -> None:
+    theirs = checkout.root / '.venv' / 'bin' / 'python'
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('theirs')
+    assert 'was not made by make env' in checkout.run(status=1)
+    assert theirs.read_text() == 'theirs'
+
+
+def test_wheel_that_does_not_work_is_replaced(checkout: Checkout) -> None:
+    checkout.wheel.write_text('bad')
+    output = checkout.run()
+    assert 'the cached wheel does not work here: discarded' in output
+    assert 'downloading a prebuilt wheel' in output
+    assert checkout.wheel.read_text() == 'good\n'
+
+
+def test_wrong_settings_are_named(checkout: Checkout) -> None:
+    assert 'unknown STACK=bogus; known stacks: classic' in checkout.run(status=1, STACK='bogus')
+    assert 'PYTHON=/bogus not found' in checkout.run(status=1, PYTHON='/bogus')
+    assert 'PYTHON=/bin/false does not run' in checkout.run(status=1, PYTHON='/bin/false')
+    assert not (checkout.root / '.venv').exists()
+
+
+def test_makefile_knows_the_same_stacks() -> None:
+    command = ['make', '-C', str(ROOT), 'help', 'STACK=../x']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and 'unknown STACK=../x; known stacks: classic' in done.stderr

@@ -1,0 +1,287 @@
+"""Parameters and multiply-adds agree with the published tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from torch import nn
+
+from emo2_mm.attention import SEWMHSA
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools' / 'get_flops.py'
+
+# The paper's: parameters, and multiply-adds in millions at 224 x 224.
+CLASSIFIERS = {
+    '1m': (1_460_844, 284.757),
+    '2m': (2_384_312, 487.455),
+    '5m': (5_126_440, 1035.474),
+    '20m': (20_195_208, 4017.165),
+    '50m': (49_815_560, 8804.167),
+}
+# Parameters in millions as the paper cuts them, and multiply-adds in billions at 800 x 1280. (The
+# paper's own are a mean over images of all shapes: 142, 146, 158 and 220.)
+RETINANETS = {
+    '1m': (10.5, 157.7),
+    '2m': (11.5, 162.6),
+    '5m': (14.4, 175.3),
+    '20m': (29.8, 242.4),
+}
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('get_flops', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*args):
+    """Run the tool as a user does, from a folder elsewhere."""
+    command = [sys.executable, str(TOOL), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
+
+
+def config_file(name):
+    return str(ROOT / 'configs' / f'{name}.py')
+
+
+def written(folder, **cfg):
+    """Write a config and return its path."""
+    path = folder / 'config.py'
+    Config(cfg).dump(path)
+    return str(path)
+
+
+def emo2(**kwargs):
+    return dict(type='emo2_mm.EMOv2', arch='1m', window_size=10, **kwargs)
+
+
+@pytest.mark.parametrize('arch', CLASSIFIERS)
+def test_classifiers_agree_with_the_paper(tool, arch):
+    pytest.importorskip('mmpretrain')
+    sizes = tool.count(config_file(f'cls/emo2_{arch}'))
+    assert sizes['shape'] == [224, 224]
+    params, flops = CLASSIFIERS[arch]
+    assert sizes['params'] == sizes['params_inference'] == params
+    assert round(sizes['flops'] / 1e6, 3) == flops
+
+
+@pytest.mark.parametrize('arch', RETINANETS)
+def test_retinanets_agree_with_the_paper(tool, arch):
+    pytest.importorskip('mmdet')
+    sizes = tool.count(config_file(f'det/retinanet_emo2_{arch}'))
+    assert sizes['shape'] == [800, 1280]
+    params, flops = RETINANETS[arch]
+    assert sizes['params'] == sizes['params_inference']
+    assert sizes['params'] // 10**5 == round(params * 10)
+    assert round(sizes['flops'] / 1e9, 1) == flops
+    assert sum(flops for _, flops in sizes['parts'].values()) == sizes['flops']
+
+
+def scaled(query):
+    return query * query.shape[-1] ** -0.5
+
+
+def by_matmul(query, key, value):
+    return (scaled(query) @ key.transpose(-2, -1)).softmax(-1) @ value
+
+
+def by_bmm(query, key, value):
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    return torch.bmm(torch.bmm(scaled(q), k.transpose(1, 2)).softmax(-1), v).view_as(value)
+
+
+def by_einsum(query, key, value):
+    scores = torch.einsum('nhqd,nhkd->nhqk', scaled(query), key).softmax(-1)
+    return torch.einsum('nhqk,nhkd->nhqd', scores, value)
+
+
+# The network keeps its weights frozen: a depth-wise convolution is traced as at inference.
+@pytest.mark.parametrize('attention', [by_matmul, by_bmm, by_einsum])
+def test_attention_counts_the_same_however_it_is_computed(tool, attention, monkeypatch):
+    module = SEWMHSA(channels=40, expanded_channels=140, head_dim=20, window_size=7).eval()
+    x = torch.rand(1, 12, 20, 40)  # padded to 14 x 21: 12 windows of both kinds
+    with torch.no_grad():
+        reference = module(x)
+        fused = tool.analyzer(module, x).total()
+        monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
+        assert torch.allclose(module(x), reference, atol=1e-6)
+        assert tool.analyzer(module, x).total() == fused
+    tokens = 14 * 21
+    linear = tokens * 40 * (2 * 40 + 140)
+    assert fused == linear + 12 * 49 * 49 * (40 + 140)
+
+
+def test_pooling_counts_the_same_however_it_is_spelt(tool):
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    x = torch.rand(1, 8, 7, 7)
+    assert tool.analyzer(nn.AdaptiveAvgPool2d(1), x).total() == 0
+    assert tool.analyzer(Mean(), x).total() == 0
+
+
+def test_json_is_one_line():
+    pytest.importorskip('mmpretrain')
+    done = run(config_file('cls/emo2_1m'), '--json')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('\n') == 1
+    assert json.loads(done.stdout) == dict(
+        params=1_460_844, params_inference=1_460_844, flops=284_756_712, shape=[224, 224]
+    )
+
+
+def test_table_shape_and_options():
+    pytest.importorskip('mmpretrain')
+    options = ('model.backbone.arch=2m', 'model.head.in_channels=200', 'model.head.num_classes=10')
+    done = run(config_file('cls/emo2_1m'), '--shape', 96, 128, '--cfg-options', *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == 'one image of 96 x 128 (height x width)'
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.endswith(' M')}
+    assert list(rows) == ['backbone', 'head', 'total']
+    # 2m without the 990 classes
+    assert rows['total'][:2] == [f'{(2_384_312 - 990 * 201) / 1e6:.3f}', 'M']
+    assert rows['head'] == ['0.002', 'M', '0.002', 'M']
+    assert lines[-1].startswith('not counted: add, gelu, ')
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['nowhere.py'], 'nowhere.py'),
+        ([config_file('_base_/default_runtime')], 'it has no model'),
+        ([config_file('cls/emo2_1m'), '--shape', '0'], 'shape is [0]; give height and width'),
+        (
+            [config_file('cls/emo2_1m'), '--cfg-options', 'default_scope=mmnone'],
+            'it needs mmnone, which is not installed',
+        ),
+        (
+            [config_file('cls/emo2_1m'), '--cfg-options', 'test_dataloader.dataset.pipeline=[]'],
+            'its test pipeline fixes no image size; give one with --shape H W',
+        ),
+    ],
+)
+def test_errors_name_the_remedy(args, message):
+    done = run(*args, '--json')
+    assert done.returncode == 1
+    assert not done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f'error: {args[0]}: ')
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ('preprocessor', 'pipeline', 'shape'),
+    [
+        # segmentation: the crop, not the (2048, 512) of whole images
+        (dict(size=(384, 512)), [dict(type='Resize', scale=(2048, 512), keep_ratio=True)], (384, 512)),
+        # SSDLite: a fixed size, (width, height), in a wrapped data set
+        ({}, [dict(type='mmdet.Resize', scale=(512, 320), keep_ratio=False)], (320, 512)),
+        # RetinaNet: any shape within the limits; padded
+        (dict(pad_size_divisor=32), [dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1280)),
+        (dict(pad_size_divisor=32), [dict(type='Resize', scale=(1000, 600), keep_ratio=True)], (608, 960)),
+        (dict(pad_size_divisor=32), [dict(type='Resize', scale=(192, 192), keep_ratio=True)], (192, 192)),
+        # classification: the crop is the last word
+        ({}, [dict(type='Resize', scale=292), dict(type='CenterCrop', crop_size=256)], (256, 256)),
+    ],
+)  # fmt: skip
+def test_default_shape(tool, preprocessor, pipeline, shape):
+    dataset = dict(type='CocoDataset', pipeline=[*pipeline, dict(type='Pack')])
+    wrapped = dict(type='RepeatDataset', times=2, dataset=dataset)
+    model = dict(data_preprocessor=preprocessor)
+    for data in (dataset, wrapped):
+        assert tool.default_shape(Config(dict(model=model, test_dataloader=dict(dataset=data)))) == shape
+
+
+def test_segmentor_without_its_auxiliary_head_and_with_sync_bn(tool, tmp_path):
+    pytest.importorskip('mmseg')
+
+    def head(channels, index):
+        return dict(
+            type='FCNHead',
+            in_channels=channels,
+            in_index=index,
+            channels=16,
+            num_convs=1,
+            concat_input=False,
+            num_classes=5,
+            norm_cfg=dict(type='SyncBN'),
+        )
+
+    def count(kind, **heads):
+        backbone = emo2(norm_cfg=dict(type='SyncBN'))
+        preprocessor = dict(type='SegDataPreProcessor', size=(64, 96))
+        model = dict(type=kind, data_preprocessor=preprocessor, backbone=backbone, **heads)
+        return tool.count(written(tmp_path, default_scope='mmseg', model=model))
+
+    decode, auxiliary = head(180, 3), head(80, 2)
+    alone = count('EncoderDecoder', decode_head=decode)
+    both = count('EncoderDecoder', decode_head=decode, auxiliary_head=auxiliary)
+    assert both['shape'] == [64, 96]
+    assert both['flops'] == alone['flops']
+    assert both['params_inference'] == alone['params_inference'] == alone['params']
+    # a convolution, its norm and the classes
+    assert both['params'] - alone['params'] == 80 * 9 * 16 + 2 * 16 + 16 * 5 + 5
+    assert 'without auxiliary heads' in tool.table(both)
+    assert 'without auxiliary heads' not in tool.table(alone)
+
+
+def test_two_stages_count_the_configured_proposals(tool, tmp_path):
+    pytest.importorskip('mmdet')
+
+    def count(proposals):
+        model = dict(
+            type='FasterRCNN',
+            backbone=emo2(),
+            neck=dict(type='FPN', in_channels=[32, 48, 80, 180], out_channels=16, num_outs=5),
+            rpn_head=dict(
+                type='RPNHead',
+                in_channels=16,
+                feat_channels=16,
+                anchor_generator=dict(
+                    type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64]
+                ),
+            ),
+            roi_head=dict(
+                type='StandardRoIHead',
+                bbox_roi_extractor=dict(
+                    type='SingleRoIExtractor',
+                    roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+                    out_channels=16,
+                    featmap_strides=[4, 8, 16, 32],
+                ),
+                bbox_head=dict(
+                    type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, num_classes=3
+                ),
+            ),
+            test_cfg=dict(rpn=dict(max_per_img=proposals), rcnn=dict()),
+        )
+        return tool.count(written(tmp_path, default_scope='mmdet', model=model), [64, 128])
+
+    few, many = count(10), count(300)
+    assert few['parts']['roi_head'][1] == 10 * (16 * 49 * 32 + 32 * 32 + 32 * (4 + 3 * 4))
+    assert many['parts']['roi_head'][1] == 30 * few['parts']['roi_head'][1]
+    cells = sum(-(-64 // s) * -(-128 // s) for s in (4, 8, 16, 32, 64))
+    assert many['parts']['rpn_head'][1] == cells * (9 * 16 * 16 + 16 * (1 + 4))
+    assert many['flops'] - few['flops'] == 29 * few['parts']['roi_head'][1]
+
+
+def test_distilled_classifier_counts_its_student(tool, tmp_path):
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(config_file('cls/emo2_1m'))
+    cfg.model.update(type='NotRegistered', teacher=dict(type='NotRegisteredEither'))
+    cfg.dump(tmp_path / 'kd.py')
+    sizes = tool.count(str(tmp_path / 'kd.py'))
+    assert (sizes['params'], round(sizes['flops'] / 1e6, 3)) == CLASSIFIERS['1m']

@@ -1,0 +1,297 @@
+"""tools/train.py and tools/test.py: the whole way for each code base, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from argparse import Namespace
+
+import pytest
+from mmengine.config import Config, ConfigDict
+from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
+
+CASES = {
+    'mmdet': (DETECTOR, 'coco/bbox_mAP: '),
+    'mmpretrain': (CLASSIFIER, 'accuracy/top1: '),
+    'mmseg': (SEGMENTOR, 'mIoU: '),
+}
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Import a module of tools/, as its own scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    monkeypatch.setattr(sys, 'path', list(sys.path))  # runtime adds to it
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    yield importlib.import_module
+    for name in ('runtime', 'train', 'test'):
+        if str(ROOT) in str(getattr(sys.modules.get(name), '__file__', '')):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def missing(tool, tmp_path):
+    """The entries that the message about missing data lists for a config."""
+
+    def entries(cfg, *stages):
+        try:
+            tool('runtime').check_data(Config(cfg, filename='a_config.py'), *stages)
+        except SystemExit as end:
+            return [line.split(' = ')[0].strip() for line in str(end).split('\n') if ' = ' in line]
+        return []
+
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'there/train').mkdir()
+    (tmp_path / 'there/all.json').touch()
+    return entries
+
+
+def check(result):
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    'scope', ['mmdet', 'mmpretrain', pytest.param('mmseg', marks=pytest.mark.slow)]
+)
+def test_train_resume_evaluate(tmp_path, scope):
+    pytest.importorskip(scope)
+    text, metric = CASES[scope]
+    write_data(tmp_path)
+    config = write_config(tmp_path, text)
+
+    log = check(run(tmp_path, 'train.py', config))
+    assert 'Epoch(train) [1][2/2]' in log
+    assert metric in log
+    assert (tmp_path / 'work_dirs/tiny/epoch_1.pth').is_file()
+
+    gone = [
+        'model.backbone.init_cfg.type=Pretrained',
+        'model.backbone.init_cfg.checkpoint=gone.pth',
+    ]
+    more = ['--cfg-options', 'train_cfg.max_epochs=2', *gone]  # all weights are in epoch_1.pth
+    log = check(run(tmp_path, 'train.py', config, '--resume', *more))
+    assert 'resumed epoch: 1, iter: 2' in log
+    assert 'Epoch(train) [1]' not in log
+    assert 'Epoch(train) [2][2/2]' in log
+
+    out = 'maps' if scope == 'mmseg' else 'all.pkl'
+    arguments = [config, 'work_dirs/tiny/epoch_2.pth', '--work-dir', 'two words', '--out', out]
+    log = check(run(tmp_path, 'test.py', *arguments))
+    assert metric in log
+    assert list((tmp_path / 'two words').glob('*/*.json'))
+    if scope == 'mmseg':
+        assert len(list((tmp_path / out).glob('*.png'))) == 4
+    else:
+        assert len(pickle.loads((tmp_path / out).read_bytes())) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scope', CASES)
+def test_augment_and_paint(tmp_path, scope):
+    pytest.importorskip(scope)
+    text, metric = CASES[scope]
+    write_data(tmp_path)
+    config = write_config(tmp_path, text)
+    check(run(tmp_path, 'train.py', config, '--no-validate'))
+    arguments = [config, 'work_dirs/tiny/epoch_1.pth', '--tta', '--show-dir', 'painted']
+    log = check(run(tmp_path, 'test.py', *arguments))
+    assert metric in log
+    assert 'TTAModel' in log or 'AverageClsScoreTTA' in log
+    painted = [p for p in tmp_path.rglob('*.png') if 'painted' in p.parts]
+    assert len(painted) == 4
+
+
+def test_no_data(tmp_path):
+    """A shipped config where its data is not: one message at once, nothing made."""
+    config = ROOT / 'configs/det/retinanet_emo2_5m.py'
+    result = run(tmp_path, 'train.py', config)
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    assert "train_dataloader.dataset.data_root = 'data/coco/'" in result.stderr
+    assert f'no {tmp_path}/data/coco\n' in result.stderr
+    assert 'https://cocodataset.org' in result.stderr
+    assert 'val_evaluator.ann_file=PATH/annotations/instances_val2017.json' in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('scope', CASES)
+def test_complete_data(tool, tmp_path, scope):
+    """The tiny data sets are there, so nothing is reported; without them, something is."""
+    config = Config.fromfile(write_config(tmp_path, CASES[scope][0]))
+    with pytest.raises(SystemExit, match='train_dataloader.dataset.data_'):
+        tool('runtime').check_data(config, 'train', 'val', 'test')
+    write_data(tmp_path)
+    tool('runtime').check_data(config, 'train', 'val', 'test')
+
+
+def test_missing_parts(missing, tmp_path):
+    data = dict(
+        data_root=str(tmp_path / 'there'), ann_file='gone.json', data_prefix=dict(img='val')
+    )
+    loaders = dict(train_dataloader=dict(dataset=data), val_dataloader=None)
+    entry = 'train_dataloader.dataset'
+    assert missing(loaders, 'train', 'val') == [f'{entry}.ann_file', f'{entry}.data_prefix.img']
+    assert missing(loaders, 'test') == []
+    data.update(ann_file='all.json', data_prefix=dict(img='train', seg=''))
+    assert missing(loaders, 'train') == []
+    data.update(data_prefix='val')
+    assert missing(loaders, 'train') == [f'{entry}.data_prefix']
+    data.update(data_root=str(tmp_path / 'gone'))
+    assert missing(loaders, 'train') == [f'{entry}.data_root']
+
+
+def test_missing_parts_in_wrappers(missing, tmp_path):
+    there = dict(data_root=str(tmp_path / 'there'), ann_file='all.json')
+    gone = dict(data_root=str(tmp_path / 'gone'))
+    both = dict(type='ConcatDataset', datasets=[there, dict(type='RepeatDataset', dataset=gone)])
+    loaders = dict(train_dataloader=dict(dataset=dict(type='MultiImageMixDataset', dataset=both)))
+    entry = 'train_dataloader.dataset.dataset.datasets.1.dataset.data_root'
+    assert missing(loaders, 'train') == [entry]
+
+
+def test_missing_split_and_truth(missing, tmp_path):
+    data = dict(type='mmpretrain.ImageNet', data_root=str(tmp_path / 'there'), split='train')
+    cfg = dict(test_dataloader=dict(dataset=data))
+    assert missing(cfg, 'test') == []
+    data['split'] = 'val'
+    assert missing(cfg, 'test') == ['test_dataloader.dataset.data_prefix']
+    data['split'] = 'train'
+    cfg['test_evaluator'] = [dict(type='Accuracy'), dict(ann_file=str(tmp_path / 'gone.json'))]
+    assert missing(cfg, 'test') == ['test_evaluator.1.ann_file']
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        dict(data_root='s3://bucket/coco', ann_file='all.json'),
+        dict(data_root='gone', backend_args=dict(backend='petrel')),
+        dict(data_root='gone', type='CIFAR10'),
+    ],
+)
+def test_data_elsewhere(missing, data):
+    assert missing(dict(train_dataloader=dict(dataset=data)), 'train') == []
+
+
+def test_data_not_elsewhere(missing):
+    for data in (
+        dict(data_root='gone', backend_args=dict(backend='local')),
+        dict(data_root='gone', backend_args=None),
+        dict(data_root='gone', type='CIFAR10', download=False),
+    ):
+        found = missing(dict(train_dataloader=dict(dataset=data)), 'train')
+        assert found == ['train_dataloader.dataset.data_root']
+
+
+@pytest.mark.parametrize(
+    'init', [{}, dict(checkpoint=None), dict(checkpoint='https://host/a.pth')], ids=str
+)
+def test_no_pretrained_file_needed(tool, init):
+    backbone = dict(init_cfg=dict(type='Pretrained', **init) if init else None)
+    tool('runtime').check_pretrained(Config(dict(model=dict(backbone=backbone), work_dir='w')))
+
+
+def test_missing_pretrained(tool, tmp_path):
+    init = [dict(type='Normal', layer='Conv2d'), dict(type='Pretrained', checkpoint='gone.pth')]
+    cfg = Config(
+        dict(model=dict(teachers=[dict(backbone=dict(init_cfg=init))]), work_dir=str(tmp_path))
+    )
+    check_pretrained = tool('runtime').check_pretrained
+    for resume in (False, True):  # there is nothing yet to resume from
+        cfg.resume = resume
+        with pytest.raises(SystemExit, match='model.teachers.0.backbone.init_cfg') as end:
+            check_pretrained(cfg)
+        assert "'gone.pth'" in str(end.value)
+    (tmp_path / 'last_checkpoint').touch()
+    check_pretrained(cfg)
+    assert cfg.model.teachers[0].backbone.init_cfg is None
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['train.py', 'gone.py'], 'no config file gone.py; looked at {folder}/gone.py'),
+        (['train.py', '{config}', '--resume', 'gone.pth'], 'no file {folder}/gone.pth'),
+        (['train.py', '{config}', '--amp'], '--amp needs a GPU'),
+        (['test.py', '{config}', 'gone.pth'], 'the checkpoint is gone.pth'),
+        (['test.py', '{config}', 'gone.pth', '--out', 'all.json'], 'ends in .pkl'),
+    ],
+)
+def test_refused(tool, tmp_path, monkeypatch, arguments, message):
+    write_data(tmp_path)
+    config = write_config(tmp_path, DETECTOR)
+    monkeypatch.chdir(tmp_path)
+    script = tool(arguments[0][:-3])
+    monkeypatch.setattr(tool('runtime'), 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(sys, 'argv', [a.format(config=config) for a in arguments])
+    if hasattr(script, 'get_device'):
+        monkeypatch.setattr(script, 'get_device', lambda: 'cpu')
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert str(end.value).startswith('error: ')
+    assert message.format(folder=tmp_path) in str(end.value)
+
+
+def new_args(**changes):
+    return Namespace(
+        **{**dict(no_validate=False, amp=False, auto_scale_lr=False, resume=None), **changes}
+    )
+
+
+def test_training_arguments(tool, monkeypatch):
+    train = tool('train')
+    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper'), load_from='old.pth', val_cfg={}))
+    with pytest.raises(SystemExit, match='auto_scale_lr.base_batch_size=N'):
+        train.apply_args(cfg, new_args(auto_scale_lr=True))
+    cfg.auto_scale_lr = ConfigDict(base_batch_size=16)
+    train.apply_args(cfg, new_args(auto_scale_lr=True, amp=True, no_validate=True))
+    assert cfg.auto_scale_lr.enable
+    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    assert cfg.val_cfg is None
+    assert cfg.load_from == 'old.pth'
+    train.apply_args(cfg, new_args(resume='auto'))
+    assert (cfg.resume, cfg.load_from) == (True, None)
+    train.apply_args(cfg, new_args(resume='new.pth'))
+    assert (cfg.resume, cfg.load_from) == (True, 'new.pth')
+    cfg.optim_wrapper.type = 'OtherWrapper'
+    with pytest.raises(SystemExit, match="'OtherWrapper'"):
+        train.apply_args(cfg, new_args(amp=True))
+
+
+def test_mixed_precision_config_on_cpu(tool, monkeypatch, capsys):
+    train = tool('train')
+    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
+    cfg = Config(
+        dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad={}))
+    )
+    train.apply_args(cfg, new_args())
+    assert cfg.optim_wrapper == dict(type='OptimWrapper', clip_grad={})
+    assert 'full precision' in capsys.readouterr().out
+
+
+def test_common_arguments(tool, tmp_path, monkeypatch):
+    runtime = tool('runtime')
+    config = write_config(tmp_path, CLASSIFIER)
+    parser = runtime.new_parser('')
+
+    def load(*arguments):
+        monkeypatch.delenv('LOCAL_RANK', raising=False)
+        return runtime.load_config(parser.parse_args([str(config), *arguments]))
+
+    cfg = load()
+    assert cfg.work_dir == 'work_dirs/tiny'
+    assert cfg.launcher == 'none'
+    for stage in ('train', 'val', 'test'):
+        loader = cfg[f'{stage}_dataloader']
+        assert loader.collate_fn == dict(type='default_collate')
+        assert loader.persistent_workers is False  # a loader without workers refuses True
+    cfg = load('--cfg-options', 'work_dir=a', 'train_dataloader.num_workers=2')
+    assert cfg.work_dir == 'a'
+    assert cfg.train_dataloader.persistent_workers is True
+    assert load('--cfg-options', 'work_dir=a', '--work-dir', 'b').work_dir == 'b'
+    for spelling in ('--local_rank', '--local-rank'):
+        load(f'{spelling}=1')
+        assert runtime.os.environ['LOCAL_RANK'] == '1'
+    assert 'collate_fn' not in Config.fromfile(write_config(tmp_path, DETECTOR)).train_dataloader

@@ -1,0 +1,174 @@
+"""Draw what the demo's detector finds beside the ground truth, its curves, and write its figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+
+ROWS, COLUMNS = 3, 4  # scenes of the picture: the first of the validation split
+SCORE = 0.4  # predictions below are not drawn
+COLOURS = plt.get_cmap('tab10').colors
+
+
+def read_log(work_dir: Path, train_keys: Sequence[str], val_keys: Sequence[str]) -> Dict[str, Any]:
+    """Curves of a training run, also one that was interrupted: key -> list of (step, value)."""
+    lines: List[Dict[str, Any]] = []
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        lines += [json.loads(line) for line in file.read_text().splitlines()]
+    curves: Dict[str, Any] = {}
+    for keys, is_val in ((train_keys, False), (val_keys, True)):
+        for key in keys:
+            # a resumed run repeats steps after its last checkpoint: the later value counts
+            values = {x['step']: x[key] for x in lines if key in x and ('lr' not in x) == is_val}
+            curves[key] = sorted(values.items())
+    return curves
+
+
+def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[Tuple[Any, int, str]]) -> None:
+    ax.imshow(image)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for (x, y, w, h), label, text in boxes:
+        colour = COLOURS[label]
+        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=1.8))
+        ax.text(
+            x,
+            max(y - 2, 9),
+            text,
+            fontsize=8,
+            color='white',
+            va='bottom',
+            bbox=dict(facecolor=colour, edgecolor='none', pad=1.2),
+        )
+
+
+def draw_predictions(path: Path, coco: COCO, found: COCO, folder: Path, title: str) -> None:
+    """A grid of scenes, ground truth at the left and prediction at the right of each pair."""
+    fig, axes = plt.subplots(
+        ROWS, 2 * COLUMNS, figsize=(4.0 * COLUMNS, 2.22 * ROWS + 0.5), layout='constrained'
+    )
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    name = {c['id']: c['name'] for c in coco.dataset['categories']}
+    for image_id, (left, right) in zip(coco.getImgIds(), axes.reshape(-1, 2)):
+        image = Image.open(folder / coco.loadImgs(image_id)[0]['file_name'])
+        truth = coco.loadAnns(coco.getAnnIds(image_id))
+        draw_boxes(
+            left,
+            image,
+            [(a['bbox'], a['category_id'] - 1, name[a['category_id']]) for a in truth],
+        )
+        predictions = [a for a in found.loadAnns(found.getAnnIds(image_id)) if a['score'] >= SCORE]
+        draw_boxes(
+            right,
+            image,
+            [
+                (a['bbox'], a['category_id'] - 1, f'{name[a["category_id"]]}  {a["score"]:.2f}')
+                for a in predictions
+            ],
+        )
+    for left, right in axes[0].reshape(-1, 2):
+        left.set_title('ground truth', fontsize=10)
+        right.set_title('prediction', fontsize=10)
+    fig.suptitle(title, fontsize=13)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def draw_curves(path: Path, classify: Dict[str, Any], detect: Dict[str, Any]) -> None:
+    """Loss and metric of the two trainings over their steps."""
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
+    panels = (
+        ('EMOv2-1M classifies digits', classify, (('accuracy/top1', 'top-1, %', 1),)),
+        (
+            'RetinaNet on EMOv2-1M finds digits',
+            detect,
+            (('coco/bbox_mAP_50', 'AP50, %', 100), ('coco/bbox_mAP', 'AP, %', 100)),
+        ),
+    )
+    for ax, (title, curves, metrics) in zip(axes, panels):
+        ax.plot(*zip(*curves['loss']), color='0.45', label='training loss')
+        ax.set(title=title, xlabel='step', ylabel='training loss', ylim=(0, None))
+        right = ax.twinx()
+        # a validation log counts epochs; spread them over the steps
+        last_step, last_epoch = curves['loss'][-1][0], curves[metrics[0][0]][-1][0]
+        for (key, label, factor), colour in zip(metrics, ('tab:blue', 'tab:orange')):
+            epochs, values = np.array(curves[key]).T
+            right.plot(
+                epochs * last_step / last_epoch,
+                values * factor,
+                'o-',
+                color=colour,
+                label=label,
+            )
+        right.set(ylabel='held-out split', ylim=(0, 100))
+        handles = [h for a in (ax, right) for h in a.get_lines()]
+        ax.legend(handles, [h.get_label() for h in handles], loc='center right', frameon=False)
+        for a in (ax, right):
+            a.spines['top'].set_visible(False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('out', type=Path, help="the demo's work folder")
+    parser.add_argument('--data', type=Path, required=True, help="the demo's data folder")
+    args = parser.parse_args()
+    out: Path = args.out
+
+    classify = read_log(out / 'classify', ['loss'], ['accuracy/top1'])
+    detect = read_log(out / 'detect', ['loss'], ['coco/bbox_mAP', 'coco/bbox_mAP_50'])
+    metrics = json.loads(sorted((out / 'test').glob('*/*.json'))[-1].read_text())
+    steps = json.loads((out / 'steps.json').read_text())
+
+    coco = COCO(str(args.data / 'coco/annotations/val.json'))
+    found = coco.loadRes(str(out / 'test/predictions.bbox.json'))
+    ap50, top1 = metrics['coco/bbox_mAP_50'], classify['accuracy/top1'][-1][1]
+    title = (
+        f'RetinaNet on EMOv2-1M: box AP50 {ap50:.2f} on {len(coco.imgs)} scenes of held-out digits'
+    )
+    draw_predictions(
+        out / 'predictions.png', coco, found, args.data / 'coco/val', title
+    )
+    draw_curves(out / 'curves.png', classify, detect)
+
+    seconds = {name: step['seconds'] for name, step in steps.items() if name != 'report'}
+    summary = '\n'.join(
+        [
+            f'EMOv2-1M classifies held-out digits: top-1 {top1:.1f} %',
+            f'RetinaNet on EMOv2-1M finds held-out digits: box AP {metrics["coco/bbox_mAP"]:.3f}, '
+            f'AP50 {ap50:.3f}',
+            f'training took {(seconds["classify"] + seconds["detect"]) / 60:.1f} minutes on '
+            f'{os.cpu_count()} cores',
+            f'pictures: {out}/predictions.png {out}/curves.png',
+            f'figures:  {out}/results.json',
+        ]
+    )
+    results = dict(
+        top1=top1,
+        **{key.replace('coco/', ''): v for key, v in metrics.items() if key.startswith('coco/')},
+        seconds=seconds,
+        val_scenes=len(coco.imgs),
+        val_boxes=len(coco.anns),
+        versions=dict(python=platform.python_version(), torch=torch.__version__),
+        summary=summary,
+    )
+    (out / 'results.json').write_text(json.dumps(results, indent=2))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,278 @@
+"""What training and testing share: arguments, a look at the files a config names, the processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
+
+import torch  # noqa: E402
+from mmengine.config import Config, ConfigDict, DictAction  # noqa: E402
+from mmengine.device import get_device  # noqa: E402
+from mmengine.registry import RUNNERS  # noqa: E402
+from mmengine.runner import Runner  # noqa: E402
+
+import emo2_mm  # noqa: E402, F401  # a config may say type='EMOv2' then
+
+# Folder name in a path -> where the data set comes from and how it lies.
+LAYOUTS = {
+    'coco': 'COCO 2017 is at https://cocodataset.org/#download, to be unpacked as '
+    '(PATH is data/coco in the configs)\n'
+    '  PATH/annotations/instances_train2017.json, instances_val2017.json\n'
+    '  PATH/train2017/*.jpg, PATH/val2017/*.jpg',
+    'imagenet': 'ImageNet-1k (ILSVRC 2012) is at https://image-net.org/download.php, to be '
+    'unpacked as (PATH is data/imagenet in the configs)\n'
+    '  PATH/train/n01440764/*.JPEG ..., PATH/val/n01440764/*.JPEG ... (a folder for each class)',
+    'ade': 'ADE20K (SceneParsing) is at http://sceneparsing.csail.mit.edu, to be unpacked as '
+    '(PATH is data/ade/ADEChallengeData2016 in the configs)\n'
+    '  PATH/images/training/*.jpg, PATH/images/validation/*.jpg\n'
+    '  PATH/annotations/training/*.png, PATH/annotations/validation/*.png',
+    'demo': '`make demo` makes the data of the demo.',
+}
+DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # MMPretrain fetches these itself
+SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN')
+
+
+class Missing(NamedTuple):
+    """A config entry, its value, and the path it stands for, where nothing is."""
+
+    entry: str
+    value: str
+    path: str
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with a message instead of a traceback, from one process of a machine."""
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        # A launcher ends all processes once one has failed: let that be the one that explains.
+        time.sleep(10)
+        raise SystemExit(1)
+    raise SystemExit(f'error: {message}')
+
+
+def note(message: str) -> None:
+    """Print a line from one process of a machine."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        print(message, flush=True)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that training and testing have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs, checkpoints and metrics '
+        "(default: the config's work_dir, else ./work_dirs/NAME_OF_CONFIG)",
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='change entries of the config: a.b=1 a.0.c="[1,2]" ...; no white space in a value',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes',
+    )
+    # torch.distributed.launch gives the one or the other spelling, depending on its version
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config file and merge into it what :func:`new_parser` defines."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = Path(args.config).expanduser()
+    if not path.is_file():
+        fail(f'no config file {args.config}; looked at {path.absolute()}')
+    cfg = Config.fromfile(path)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', path.stem)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _set_loader_defaults(cfg)
+    return cfg
+
+
+def _set_loader_defaults(cfg: Config) -> None:
+    """MMPretrain's own tools add these; its configs rely on them."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if loader is not None:
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', get_device() != 'cpu')
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+
+
+def innermost(dataset: ConfigDict) -> ConfigDict:
+    """The data set inside wrappers such as RepeatDataset."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def is_missing(path: Any) -> bool:
+    """Whether this is a path on this machine, not an address, and nothing is there."""
+    return isinstance(path, str) and '://' not in path and not os.path.exists(path)
+
+
+def check_data(cfg: Config, *stages: str) -> None:
+    """End the program unless all data that the stages ('train', 'val', 'test') read is there."""
+    missing: list[Missing] = []
+    for stage in stages:
+        loader = cfg.get(f'{stage}_dataloader')
+        if loader is not None and 'dataset' in loader:
+            missing += _missing_data(loader.dataset, f'{stage}_dataloader.dataset')
+            missing += _missing_truth(cfg.get(f'{stage}_evaluator'), f'{stage}_evaluator')
+    if not missing:
+        return
+    lines = [f'{cfg.filename} reads data that is not there:']
+    for entry, value, path in missing:
+        lines += [f'  {entry} = {value!r}', f'      no {os.path.abspath(path)}']
+    lines.append(f'Relative paths start at the folder the command runs in, {os.getcwd()}.')
+    folders = {part.lower() for _, _, path in missing for part in Path(path).parts}
+    lines += [layout for name, layout in LAYOUTS.items() if name in folders]
+    lines += ['Put the data there, or say where it is (PATH):', '  --cfg-options \\']
+    roots = [value for entry, value, _ in missing if entry.endswith('.data_root')]
+    options = [f'    {entry}={_moved(value, roots)}' for entry, value, _ in missing]
+    fail('\n'.join(lines + [' \\\n'.join(options)]))
+
+
+def _moved(value: str, roots: list[str]) -> str:
+    """The value with PATH for the missing folder it lies in."""
+    for root in roots:
+        folder = root.rstrip('/')
+        if value.rstrip('/') == folder or value.startswith(folder + '/'):
+            return 'PATH' + value.rstrip('/')[len(folder) :]
+    return 'PATH'
+
+
+def _missing_data(dataset: ConfigDict, key: str) -> list[Missing]:
+    """What a data set, or those in a wrapper, will not find; only the root if that is missing."""
+    if 'datasets' in dataset:  # ConcatDataset
+        parts = enumerate(dataset['datasets'])
+        return [m for i, part in parts for m in _missing_data(part, f'{key}.datasets.{i}')]
+    if 'dataset' in dataset:
+        return _missing_data(dataset['dataset'], f'{key}.dataset')
+    kind = dataset.get('type', '')
+    kind = (kind if isinstance(kind, str) else kind.__name__).split('.')[-1]
+    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
+    fetched = kind in DOWNLOADED and dataset.get('download', True)
+    if fetched or backend not in ('local', 'LocalBackend'):
+        return []
+
+    root = dataset.get('data_root') or ''
+    if root and is_missing(root):
+        return [Missing(f'{key}.data_root', root, root)]
+    return [
+        Missing(f'{key}.{entry}', value, os.path.join(root, value))
+        for entry, value in _parts(dataset, kind)
+        if isinstance(value, str) and value and is_missing(os.path.join(root, value))
+    ]
+
+
+def _parts(dataset: ConfigDict, kind: str) -> Iterator[tuple[str, Any]]:
+    """Annotation files and image folders, as config entries relative to the data root."""
+    files = dataset.get('ann_file')
+    for file in files if isinstance(files, (list, tuple)) else [files]:
+        yield 'ann_file', file
+    folders = dataset.get('data_prefix')
+    if isinstance(folders, dict):
+        for name, folder in folders.items():
+            yield f'data_prefix.{name}', folder
+    elif folders:
+        yield 'data_prefix', folders
+    elif kind in ('ImageNet', 'ImageNet21k'):
+        yield 'data_prefix', dataset.get('split')  # the folder of images is called after it
+
+
+def _missing_truth(evaluator: Any, key: str) -> list[Missing]:
+    """Annotation files that a metric, or one of a list, reads and does not find."""
+    if isinstance(evaluator, (list, tuple)):
+        parts = enumerate(evaluator)
+        return [m for i, part in parts for m in _missing_truth(part, f'{key}.{i}')]
+    names = ('ann_file', 'seg_prefix') if isinstance(evaluator, dict) else ()
+    values = [(f'{key}.{name}', evaluator.get(name)) for name in names]
+    return [Missing(entry, value, value) for entry, value in values if value and is_missing(value)]
+
+
+def check_checkpoint(path: str | None, entry: str) -> None:
+    """End the program if the checkpoint is a path of this machine and no file."""
+    if path is not None and '://' not in path and not Path(path).expanduser().is_file():
+        fail(f'{entry} is {path}, but there is no file {os.path.abspath(os.path.expanduser(path))}')
+
+
+def check_pretrained(cfg: Config) -> None:
+    """End the program if a part of the model starts from a file that is not there.
+
+    A run that resumes has all weights in its own checkpoint: it goes on without that file.
+    """
+    checkpoint = cfg.get('load_from') or os.path.join(cfg.work_dir, 'last_checkpoint')
+    resumes = cfg.get('resume', False) and ('://' in checkpoint or os.path.isfile(checkpoint))
+    for key, node in list(_dicts(cfg.model, 'model')):
+        inits = node.get('init_cfg') or []
+        for init in [inits] if isinstance(inits, dict) else inits:
+            file = os.path.expanduser(init.get('checkpoint') or '')
+            if init['type'] != 'Pretrained' or not file or not is_missing(file):
+                continue
+            if resumes:
+                node['init_cfg'] = None
+                continue
+            fail(
+                f'{key}.init_cfg starts from {init["checkpoint"]!r}, but there is no file '
+                f'{os.path.abspath(file)}\n'
+                f'Put the weights there, name others with --cfg-options '
+                f'{key}.init_cfg.checkpoint=FILE, or start from random ones with '
+                f'--cfg-options {key}.init_cfg=None'
+            )
+
+
+def _dicts(node: Any, key: str) -> Iterator[tuple[str, ConfigDict]]:
+    """All dicts in a part of a config, with their places."""
+    if isinstance(node, dict):
+        yield key, node
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, child in items:
+        if isinstance(child, (dict, list, tuple)):
+            yield from _dicts(child, f'{key}.{name}')
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner; without a GPU, `--launcher pytorch` gets processes on the CPU (gloo)."""
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        _use_cpu_processes(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _use_cpu_processes(cfg: Config) -> None:
+    """Do what the runner does for GPUs only: join the processes, wrap the model for no device."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    wrapper.setdefault('device_ids', None)
+    cfg.model_wrapper_cfg = wrapper
+
+    cfg.pop('sync_bn', None)
+    norms = [node for _, node in _dicts(cfg.model, 'model') if node.get('type') in SYNC_BN]
+    for norm in norms:
+        norm['type'] = 'BN'
+    if norms:
+        note(f'No GPU: {len(norms)} SyncBN of the config became BN, for each process by itself.')

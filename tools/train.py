@@ -1,0 +1,79 @@
+"""Train what a config describes, be it for MMPretrain, MMDetection or MMSegmentation.
+
+    python tools/train.py configs/det/retinanet_emo2_5m.py
+
+The config's ``default_scope`` tells the three apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import runtime
+from mmengine.config import Config
+from mmengine.device import get_device
+
+
+def parse_args() -> argparse.Namespace:
+    parser = runtime.new_parser('Train what a config describes.')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint; without a name, from the latest in the work dir, if any',
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate from auto_scale_lr.base_batch_size to the actual batch size',
+    )
+    parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
+    return parser.parse_args()
+
+
+def apply_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the arguments that training has to itself into the config."""
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+
+    full_precision_only = get_device() == 'cpu'
+    if args.amp:
+        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+            runtime.fail(f'--amp goes with optim_wrapper.type OptimWrapper, which here is {kind!r}')
+        if full_precision_only:
+            runtime.fail('--amp needs a GPU; leave it out')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    elif full_precision_only and cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
+        runtime.note('No GPU: training in full precision, not in the mixed one of the config.')
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        for name in ('loss_scale', 'dtype', 'use_fsdp'):
+            cfg.optim_wrapper.pop(name, None)
+
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            runtime.fail(
+                '--auto-scale-lr needs the batch size that the learning rate is meant for: '
+                'give --cfg-options auto_scale_lr.base_batch_size=N'
+            )
+        cfg.auto_scale_lr.enable = True
+
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = runtime.load_config(args)
+    apply_args(cfg, args)
+    runtime.check_data(cfg, 'train', 'val')
+    runtime.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
+    runtime.check_pretrained(cfg)
+    runtime.build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
