@@ -73,8 +73,8 @@ pipeline = [
 ]
 {LOADER}
 data = dict(
-    type='CocoDataset', data_root='DATA/coco', ann_file='boxes.json', data_prefix=dict(img='images'),
-    metainfo=dict(classes=('dark', 'light')), pipeline=pipeline,
+    type='CocoDataset', data_root='DATA/coco', ann_file='boxes.json',
+    data_prefix=dict(img='images'), metainfo=dict(classes=('dark', 'light')), pipeline=pipeline,
 )
 train_dataloader = loader(**data)
 val_dataloader = test_dataloader = loader(test_mode=True, **data)
@@ -191,15 +191,15 @@ def run(folder: Path, *command: object, **env: str) -> subprocess.CompletedProce
     """Run a tool of this repository in another folder, on the CPU."""
     own = ('PYTHONPATH', 'LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'CUDA_VISIBLE_DEVICES')
     full = {name: value for name, value in os.environ.items() if name not in own}
-    full.update(PYTHON=sys.executable, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', **env)
+    full.update(PYTHON=sys.executable, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    full.update(env)
     tool = ROOT / 'tools' / str(command[0])
     prefix = [sys.executable] if tool.suffix == '.py' else []
     return subprocess.run(
         [*prefix, str(tool), *map(str, command[1:])],
         cwd=folder,
         env=full,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        capture_output=True,
+        text=True,
         timeout=240,
     )

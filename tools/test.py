@@ -40,6 +40,8 @@ def show(cfg: Config, args: argparse.Namespace) -> None:
             'SegVisualizationHook in MMSegmentation) to default_hooks of the config'
         )
     classifies = cfg.default_scope == 'mmpretrain'
+    if classifies and args.tta:
+        runtime.fail("MMPretrain's hook cannot paint augmented images; leave out --tta or --show")
     hook.update({'enable' if classifies else 'draw': True})
     hook.update(show=args.show, wait_time=args.wait_time)
     if classifies:

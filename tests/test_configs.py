@@ -1,0 +1,160 @@
+"""Every shipped config builds, trains for a step and follows its recipe."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from tiny import ROOT, SIDE, write_data
+
+from emo2_mm import EMOv2
+
+sys.path.insert(0, str(ROOT / 'tools'))
+import runtime  # noqa: E402
+import train  # noqa: E402
+
+CONFIGS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ('cls', 'det', 'demo')
+    for path in (ROOT / 'configs' / folder).glob('*.py')
+)
+
+
+def load(name: str) -> Config:
+    cfg = Config.fromfile(ROOT / name)
+    pytest.importorskip(cfg.default_scope)
+    return cfg
+
+
+def build(cfg: Config) -> torch.nn.Module:
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model)
+
+
+def shrink(node: Any) -> None:
+    """Make all images of a pipeline small."""
+    if isinstance(node, dict):
+        if 'scale' in node:
+            node['scale'] = SIDE if isinstance(node['scale'], int) else (SIDE, SIDE)
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, (dict, list, tuple)):
+            shrink(child)
+
+
+def test_there_are_configs() -> None:
+    assert len([c for c in CONFIGS if '/cls/' in c]) >= 5
+    assert len([c for c in CONFIGS if '/det/' in c]) >= 4
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_trains_for_an_epoch_of_one_step(name: str, tmp_path: Path) -> None:
+    cfg = load(name)
+    write_data(tmp_path / 'data', images=2)
+    loader, data = cfg.train_dataloader, tmp_path / 'data'
+    loader.update(batch_size=2, num_workers=0, persistent_workers=False, pin_memory=False)
+    shrink(loader.dataset.pipeline)
+    if cfg.default_scope == 'mmpretrain':
+        pipeline = loader.dataset.pipeline
+        loader.dataset = dict(
+            type='CustomDataset', data_root=str(data), data_prefix='folders', pipeline=pipeline
+        )
+    else:
+        loader.dataset.update(
+            data_root=str(data / 'coco'),
+            ann_file='boxes.json',
+            data_prefix=dict(img='images'),
+            metainfo=dict(classes=('dark', 'light')),
+        )
+    cfg.model.backbone.init_cfg = None
+    cfg.train_cfg.max_epochs = 1
+    train.apply_args(
+        cfg, Namespace(no_validate=True, amp=False, auto_scale_lr=False, resume=None)
+    )
+    cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
+    cfg.launcher, cfg.work_dir = 'none', str(tmp_path / 'work')
+    cfg.experiment_name = tmp_path.name  # mmengine keeps runners by name
+
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 1
+    assert runner.message_hub.get_scalar('train/loss').current() > 0
+    assert torch.tensor(runner.message_hub.get_scalar('train/loss').current()).isfinite()
+    assert (tmp_path / 'work/epoch_1.pth').exists()
+    assert not is_model_wrapper(runner.model)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_backbone_is_named_so_that_it_imports_itself(name: str) -> None:
+    assert load(name).model.backbone.type == 'emo2_mm.EMOv2'
+
+
+@pytest.mark.parametrize('name', [c for c in CONFIGS if '5m' not in c and '/demo/' not in c])
+def test_siblings_hold_only_what_differs(name: str) -> None:
+    lines = (ROOT / name).read_text().splitlines()
+    code = [line for line in lines if line.strip() and not line.startswith('#')]
+    assert len(code) <= 10
+    assert '_5m' in code[0]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_heads_take_the_channels_of_the_arch(name: str) -> None:
+    cfg = load(name)
+    channels = list(EMOv2.arch_settings[cfg.model.backbone.arch]['channels'])
+    if cfg.default_scope == 'mmpretrain':
+        assert cfg.model.head.in_channels == channels[-1]
+    else:
+        assert cfg.model.neck.in_channels == channels
+
+
+def param_groups(cfg: Config) -> dict[str, dict[str, Any]]:
+    cfg.model.backbone.init_cfg = None
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    cfg.optim_wrapper.pop('loss_scale', None)
+    model = build(cfg)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(g['params'][0])]: g for g in optimizer.param_groups}
+
+
+def test_classification_decays_neither_one_dimensional_parameters_nor_layer_scale() -> None:
+    cfg = load('configs/cls/emo2_5m.py')
+    for name, group in param_groups(cfg).items():
+        assert group['weight_decay'] == (0.05 if group['params'][0].ndim > 1 else 0), name
+        assert group['lr'] == 3e-3
+    assert cfg.optim_wrapper.clip_grad.max_norm == 5
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 1024
+    assert cfg.custom_hooks[0].momentum == pytest.approx(1 - 0.9998)
+
+
+def test_detection_decays_no_norm() -> None:
+    cfg = load('configs/det/retinanet_emo2_5m.py')
+    for name, group in param_groups(cfg).items():
+        assert group['weight_decay'] == (0 if 'norm' in name else 0.05), name
+        assert group['lr'] == 2e-4
+    assert cfg.optim_wrapper.clip_grad.max_norm == 0.1
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+
+
+def test_drop_path_and_window_follow_the_published_recipes() -> None:
+    rates = {'1m': 0.04036, '2m': 0.05, '5m': 0.05, '20m': 0.1, '50m': 0.2}
+    for name in CONFIGS:
+        backbone = load(name).model.backbone
+        if '/demo/' not in name:
+            assert backbone.drop_path_rate == rates[backbone.arch]
+            assert backbone.window_size == (7 if '/cls/' in name else 10)
+
+
+def test_launcher_arguments_are_known_to_the_tools() -> None:
+    parser = runtime.new_parser('')
+    for spelling in ('--local_rank', '--local-rank'):
+        assert parser.parse_args(['config.py', spelling, '1']).local_rank == 1

@@ -1,0 +1,185 @@
+"""Training and testing in several processes, started by the shell scripts."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+
+import pytest
+import torch
+from mmengine.config import Config
+from tiny import DETECTOR, ROOT, run, write_config, write_data
+
+# Kept by each process: the images it saw, and its weights at the end.
+HOOK = """
+import os
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class Witness(Hook):
+    def before_train(self, runner):
+        self.images = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        self.images += [sample.img_id for sample in data_batch['data_samples']]
+
+    def after_train(self, runner):
+        weights = dict(runner.model.module.named_parameters())
+        torch.save((self.images, weights), f"process_{os.environ['RANK']}.pt")
+"""
+WITNESS = """
+custom_imports = dict(imports=['witness'])
+custom_hooks = [dict(type='Witness')]
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each process sees half of the images, and both end with the same weights."""
+    pytest.importorskip('mmdet')
+    write_data(tmp_path)
+    config = write_config(tmp_path, DETECTOR + WITNESS)
+    (tmp_path / 'witness.py').write_text(HOOK)
+    env = dict(PORT=free_port(), PYTHONPATH=str(tmp_path))
+    options = ['--work-dir', 'two words', '--cfg-options', 'train_cfg.max_epochs=2']
+    result = run(tmp_path, 'dist_train.sh', config, 2, *options, **env)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.stdout.count('SyncBN of the config became BN') == 1
+    assert 'Epoch(train) [2][1/1]' in result.stdout
+    assert 'coco/bbox_mAP: ' in result.stdout
+
+    images, weights = zip(*(torch.load(tmp_path / f'process_{i}.pt') for i in range(2)))
+    assert [sorted(seen) for seen in images] == [[0, 0, 2, 2], [1, 1, 3, 3]]
+    saved = torch.load(tmp_path / 'two words/epoch_2.pth')['state_dict']
+    before = torch.load(tmp_path / 'two words/epoch_1.pth')['state_dict']
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])
+        assert torch.equal(weight, saved[name])
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights[0].items())
+
+    arguments = [config, tmp_path / 'two words/epoch_2.pth', 2, '--out', 'all.pkl']
+    result = run(tmp_path, 'dist_test.sh', *arguments, **{**env, 'PORT': free_port()})
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert 'coco/bbox_mAP: ' in result.stdout
+    found = pickle.loads((tmp_path / 'all.pkl').read_bytes())
+    assert sorted(image['img_id'] for image in found) == [0, 1, 2, 3]
+
+
+def test_failure_is_reported(tmp_path):
+    """Both processes miss the data: one tells so, and the launcher fails."""
+    config = write_config(tmp_path, DETECTOR)
+    result = run(tmp_path, 'dist_train.sh', config, 2, PORT=free_port())
+    assert result.returncode != 0
+    assert result.stderr.count('reads data that is not there') == 1
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        ['dist_train.sh'],
+        ['dist_train.sh', 'a.py'],
+        ['dist_train.sh', 'a.py', '--resume'],
+        ['dist_test.sh', 'a.py', 'a.pth'],
+        ['dist_test.sh', 'a.py', '2', 'a.pth'],
+        ['slurm_train.sh', 'gpu', 'name', 'a.py'],
+        ['slurm_test.sh', 'gpu', 'name', 'a.py'],
+    ],
+    ids=' '.join,
+)
+def test_usage(tmp_path, command):
+    result = run(tmp_path, *command)
+    assert result.returncode == 2
+    assert result.stderr.startswith('usage: ')
+    assert command[0] in result.stderr
+
+
+def arguments_given(folder, program, *command, **env):
+    """What a script passes to the program it starts, one argument a line."""
+    fake = folder / program
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    result = run(folder, *command, **env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split('\n')[:-1]
+
+
+def test_dist_arguments(tmp_path):
+    command = ['dist_test.sh', 'my config.py', 'my file.pth', 4, '--cfg-options', 'a="b c"']
+    env = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='host', PORT='29501')
+    env['PYTHON'] = str(tmp_path / 'python')
+    torchrun = '-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=host'
+    assert arguments_given(tmp_path, 'python', *command, **env) == [
+        *torchrun.split(),
+        '--master_port=29501',
+        '--nproc_per_node=4',
+        f'{ROOT}/tools/test.py',
+        'my config.py',
+        'my file.pth',
+        '--launcher',
+        'pytorch',
+        '--cfg-options',
+        'a="b c"',
+    ]
+
+
+@pytest.mark.parametrize(
+    'script, last', [('train', '--work-dir=my file'), ('test', 'my file')], ids=['train', 'test']
+)
+def test_slurm_arguments(tmp_path, script, last):
+    command = [f'slurm_{script}.sh', 'gpu', 'name', 'my config.py', 'my file', '--tta', 'b c']
+    env = dict(PYTHON='python', GPUS='4', SRUN_ARGS='--time=1 --qos=low')
+    env['PATH'] = f'{tmp_path}:/usr/bin:/bin'
+    srun = (
+        '--partition=gpu --job-name=name --gres=gpu:4 --ntasks=4 --ntasks-per-node=4 '
+        '--cpus-per-task=5 --kill-on-bad-exit=1 --time=1 --qos=low python -u'
+    )
+    assert arguments_given(tmp_path, 'srun', *command, **env) == [
+        *srun.split(),
+        f'{ROOT}/tools/{script}.py',
+        'my config.py',
+        last,
+        '--launcher=slurm',
+        '--tta',
+        'b c',
+    ]
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    import importlib
+
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    return importlib.import_module('runtime')
+
+
+def test_cpu_processes_keep_the_config(runtime, monkeypatch):
+    """What a config says about the wrapper stays, and all synchronised norms are found."""
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    norms = [dict(type='SyncBN', eps=1e-3), dict(type='BN'), dict(type='GN', num_groups=2)]
+    cfg = Config(
+        dict(
+            model=dict(module=dict(norm_cfg=norms[0], heads=[dict(norm_cfg=n) for n in norms])),
+            find_unused_parameters=True,
+            sync_bn='torch',
+        )
+    )
+    runtime._use_cpu_processes(cfg)
+    assert 'SyncBN' not in json.dumps(cfg.to_dict())
+    assert cfg.model.module.norm_cfg == dict(type='BN', eps=1e-3)
+    assert cfg.model.module.heads[2].norm_cfg.type == 'GN'
+    assert cfg.get('sync_bn') is None
+    assert cfg.model_wrapper_cfg.find_unused_parameters
+    assert cfg.model_wrapper_cfg.device_ids is None
+
+    cfg = Config(dict(model={}, model_wrapper_cfg=dict(type='Mine', static_graph=True)))
+    runtime._use_cpu_processes(cfg)
+    assert cfg.model_wrapper_cfg == dict(type='Mine', static_graph=True, device_ids=None)
