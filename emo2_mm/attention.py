@@ -64,9 +64,7 @@ class SEWMHSA(nn.Module):
         window_size: Side of a window, in tokens.
     """
 
-    def __init__(
-        self, channels: int, expanded_channels: int, head_dim: int, window_size: int
-    ) -> None:
+    def __init__(self, channels: int, expanded_channels: int, head_dim: int, window_size: int) -> None:
         super().__init__()
         self.heads = channels // head_dim
         self.window_size = window_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if x.device.type == 'cpu' and x.requires_grad and torch.is_grad_enabled():
+        if x.device.type == 'cpu' and x.requires_grad and not torch.jit.is_tracing():
             return _ForwardKernelsOnly.apply(x, self.weight, self.stride[0])
         return super().forward(x)
 
@@ -48,11 +48,11 @@ class _ForwardKernelsOnly(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor], None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         stride, padding, groups = ctx.stride, weight.shape[-1] // 2, len(weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        x_dtype, x, w = x.dtype, x.to(grad.dtype), weight.to(grad.dtype)  # they differ under autocast
+        x_dtype, x, w = x.dtype, x.to(grad.dtype), weight.to(grad.dtype)  # differ under autocast
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
             # grad_weight alone: oneDNN's kernel for it is good

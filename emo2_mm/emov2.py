@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, Sequence
 
 import torch
 from mmengine.model import BaseModule
@@ -24,12 +24,12 @@ BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
 STAGE_ATTENDS = (False, False, True, True)
 
 
-def build_batch_norm(norm_cfg: Dict[str, Any], channels: int) -> nn.Module:
+def build_batch_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
     """Build the batch norm that ``norm_cfg`` names, with this network's eps unless it sets one."""
     cfg = {'eps': EPS, **norm_cfg}
     kind, requires_grad = cfg.pop('type', None), cfg.pop('requires_grad', True)
     if kind not in BATCH_NORMS:
-        raise ValueError(f"norm_cfg has type {kind!r}; EMOv2 takes one of {list(BATCH_NORMS)}")
+        raise ValueError(f'norm_cfg has type {kind!r}; EMOv2 takes one of {list(BATCH_NORMS)}')
     norm = BATCH_NORMS[kind](channels, **cfg)
     return norm.requires_grad_(requires_grad)
 
@@ -86,8 +86,8 @@ class I2RMB(nn.Module):
         stride: int,
         norm: nn.Module,
         act: nn.Module,
-        attention: Optional[SEWMHSA],
-        norm_cfg: Dict[str, Any],
+        attention: SEWMHSA | None,
+        norm_cfg: dict[str, Any],
         drop_path_rate: float,
         layer_scale_init_value: float,
     ) -> None:
@@ -181,17 +181,20 @@ class EMOv2(BaseModule):
         (1, 180, 7, 7)
     """
 
-    arch_settings: Dict[str, Dict[str, Any]] = {
-        '1m': dict(depths=(2, 2, 8, 3), channels=(32, 48, 80, 180), expand_ratios=(2, 2.5, 3, 3.5), head_dim=20),
-        '2m': dict(depths=(3, 3, 9, 3), channels=(32, 48, 120, 200), expand_ratios=(2, 2.5, 3, 3.5), head_dim=20),
-        '5m': dict(depths=(3, 3, 9, 3), channels=(48, 72, 160, 288), expand_ratios=(2, 3, 4, 4), head_dim=32),
-        '20m': dict(depths=(3, 3, 13, 3), channels=(64, 128, 320, 448), expand_ratios=(2, 3, 4, 4), head_dim=32),
-        '50m': dict(depths=(5, 8, 20, 7), channels=(64, 128, 384, 512), expand_ratios=(2, 3, 4, 4), head_dim=32),
-    }  # fmt: skip
+    arch_settings: dict[str, dict[str, Any]] = {
+        name: dict(depths=depths, channels=channels, expand_ratios=expand_ratios, head_dim=head_dim)
+        for name, depths, channels, expand_ratios, head_dim in (
+            ('1m', (2, 2, 8, 3), (32, 48, 80, 180), (2, 2.5, 3, 3.5), 20),
+            ('2m', (3, 3, 9, 3), (32, 48, 120, 200), (2, 2.5, 3, 3.5), 20),
+            ('5m', (3, 3, 9, 3), (48, 72, 160, 288), (2, 3, 4, 4), 32),
+            ('20m', (3, 3, 13, 3), (64, 128, 320, 448), (2, 3, 4, 4), 32),
+            ('50m', (5, 8, 20, 7), (64, 128, 384, 512), (2, 3, 4, 4), 32),
+        )
+    }
 
     def __init__(
         self,
-        arch: Union[str, Dict[str, Any]] = '5m',
+        arch: str | dict[str, Any] = '5m',
         in_channels: int = 3,
         window_size: int = 7,
         drop_path_rate: float = 0.0,
@@ -201,8 +204,8 @@ class EMOv2(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         final_norm: bool = False,
-        norm_cfg: Dict[str, Any] = dict(type='BN'),
-        init_cfg: Union[None, Dict[str, Any], List[Dict[str, Any]]] = None,
+        norm_cfg: dict[str, Any] = dict(type='BN'),  # noqa: B006, it is never changed
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
         settings = self._check_arch(arch)
@@ -252,9 +255,7 @@ class EMOv2(BaseModule):
                         mid_channels=mid,
                         out_channels=channels[i],
                         stride=2 if first else 1,
-                        norm=nn.LayerNorm(width, EPS)
-                        if attends
-                        else build_batch_norm(norm_cfg, width),
+                        norm=nn.LayerNorm(width, EPS) if attends else build_batch_norm(norm_cfg, width),
                         act=nn.GELU() if attends else nn.SiLU(),
                         attention=SEWMHSA(width, mid, settings['head_dim'], window_size)
                         if attends and not first
@@ -271,7 +272,7 @@ class EMOv2(BaseModule):
         self._freeze()
 
     @classmethod
-    def _check_arch(cls, arch: Union[str, Dict[str, Any]]) -> Dict[str, Any]:
+    def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
         if isinstance(arch, str):
             if arch not in cls.arch_settings:
                 raise ValueError(f'arch is {arch!r}; give one of {list(cls.arch_settings)} or a dict')
@@ -291,7 +292,7 @@ class EMOv2(BaseModule):
                 )
         return arch
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps of an image.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -14,12 +14,12 @@ from torch import Tensor
 DATA = Path(__file__).parent / 'data'
 
 
-def golden_cases() -> List[Dict[str, Any]]:
+def golden_cases() -> list[dict[str, Any]]:
     """Recorded outputs and gradients, one dict a case."""
     return json.loads((DATA / 'golden_cases.json').read_text())['cases']
 
 
-def official_shapes(arch: str) -> Dict[str, List[int]]:
+def official_shapes(arch: str) -> dict[str, list[int]]:
     """Names and shapes of a published classification state dict."""
     return json.loads((DATA / 'official_keys.json').read_text())[arch]
 
@@ -32,9 +32,7 @@ def generated_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """The weight called `name` (a published name) that the recordings were made with."""
     if name.endswith('num_batches_tracked'):
         return torch.zeros(tuple(shape), dtype=torch.int64)
-    n = np.random.RandomState((crc32(name.encode()) ^ seed) & 0xFFFFFFFF).standard_normal(
-        tuple(shape)
-    )
+    n = np.random.RandomState((crc32(name.encode()) ^ seed) & 0xFFFFFFFF).standard_normal(tuple(shape))
     if name.endswith('running_mean'):
         n = 0.1 * n
     elif name.endswith('running_var'):
@@ -50,12 +48,12 @@ def generated_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return torch.from_numpy(np.asarray(n, dtype=np.float32))
 
 
-def generated_state_dict(arch: str, seed: int) -> Dict[str, Tensor]:
+def generated_state_dict(arch: str, seed: int) -> dict[str, Tensor]:
     """A whole published-style classification state dict."""
     return {k: generated_tensor(k, v, seed) for k, v in official_shapes(arch).items()}
 
 
-def relative_error(tensor: Tensor, record: Dict[str, Any]) -> float:
+def relative_error(tensor: Tensor, record: dict[str, Any]) -> float:
     """Relative error at the recorded positions; the shape must be the recorded one."""
     assert list(tensor.shape) == record['shape']
     flat = tensor.detach().double().flatten()

@@ -36,7 +36,8 @@ def naive_attention(module: SEWMHSA, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ('h', 'w', 'size'), [(6, 6, 3), (6, 9, 3), (5, 7, 3), (2, 1, 4), (4, 4, 4), (8, 3, 2), (7, 5, 1)]
+    ('h', 'w', 'size'),
+    [(6, 6, 3), (6, 9, 3), (5, 7, 3), (2, 1, 4), (4, 4, 4), (8, 3, 2), (7, 5, 1)],
 )
 def test_equals_a_loop_over_windows(h: int, w: int, size: int) -> None:
     torch.manual_seed(0)

@@ -125,12 +125,8 @@ KINDS = {
         'state_dict_ema': p,
         'args': argparse.Namespace(lr=1.0),
     },
-    'parameters': lambda p, r: {
-        k: nn.Parameter(v) if v.is_floating_point() else v for k, v in p.items()
-    },
-    'no batch counters': lambda p, r: {
-        k: v for k, v in p.items() if not k.endswith('num_batches_tracked')
-    },
+    'parameters': lambda p, r: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in p.items()},
+    'no batch counters': lambda p, r: {k: v for k, v in p.items() if not k.endswith('num_batches_tracked')},
 }
 
 
@@ -586,12 +582,7 @@ TRICKS = {
         'which is not a storage',
     ),
     'not a storage': (
-        b'\x80\x02('
-        + text('module')
-        + b'ctorch\nFloatStorage\n'
-        + text('0')
-        + text('cpu')
-        + b'K\x06tQ.',
+        b'\x80\x02(' + text('module') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu') + b'K\x06tQ.',
         'which is not a storage',
     ),
 }

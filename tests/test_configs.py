@@ -42,9 +42,8 @@ def build(cfg: Config) -> torch.nn.Module:
 
 def shrink(node: Any) -> None:
     """Make all images of a pipeline small."""
-    if isinstance(node, dict):
-        if 'scale' in node:
-            node['scale'] = SIDE if isinstance(node['scale'], int) else (SIDE, SIDE)
+    if isinstance(node, dict) and 'scale' in node:
+        node['scale'] = SIDE if isinstance(node['scale'], int) else (SIDE, SIDE)
     for child in node.values() if isinstance(node, dict) else node:
         if isinstance(child, (dict, list, tuple)):
             shrink(child)
@@ -76,9 +75,7 @@ def test_trains_for_an_epoch_of_one_step(name: str, tmp_path: Path) -> None:
         )
     cfg.model.backbone.init_cfg = None
     cfg.train_cfg.max_epochs = 1
-    train.apply_args(
-        cfg, Namespace(no_validate=True, amp=False, auto_scale_lr=False, resume=None)
-    )
+    train.apply_args(cfg, Namespace(no_validate=True, amp=False, auto_scale_lr=False, resume=None))
     cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
     cfg.launcher, cfg.work_dir = 'none', str(tmp_path / 'work')
     cfg.experiment_name = tmp_path.name  # mmengine keeps runners by name

@@ -78,9 +78,7 @@ def test_command_line(tmp_path):
 
 
 def test_errors_on_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(tmp_path / 'dst.pth')]
-    )
+    monkeypatch.setattr(sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(tmp_path / 'dst.pth')])
     assert load_tool().main() == 1
     said = capsys.readouterr()
     assert (said.out, said.err) == ('', f'error: {tmp_path}/none.pth: no such checkpoint file\n')

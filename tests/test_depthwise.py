@@ -53,3 +53,9 @@ def test_mixed_precision_gives_gradients_in_the_dtype_of_the_leaves() -> None:
     x2 = x.detach().clone().requires_grad_()
     F.conv2d(x2, conv.weight.detach(), None, 2, 2, groups=8).sum().backward()
     torch.testing.assert_close(x.grad, x2.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_a_model_with_gradients_can_be_traced() -> None:
+    """As the FLOPs counters of the code bases do."""
+    conv, x = DepthwiseConv2d(4, 5), torch.randn(1, 4, 8, 8, requires_grad=True)
+    assert torch.equal(torch.jit.trace(conv, x)(x), conv(x))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def tiny(seed: int = 0, **kwargs: Any) -> EMOv2:
     return model
 
 
-def golden_model(case: Dict[str, Any]) -> Tuple[EMOv2, Dict[str, Tensor]]:
+def golden_model(case: dict[str, Any]) -> tuple[EMOv2, dict[str, Tensor]]:
     weights = find_state_dict(generated_state_dict(case['arch'], case['seed']))
     model = EMOv2(case['arch'], window_size=case['window_size'], final_norm=True)
     own = model.state_dict()
@@ -43,17 +43,17 @@ def golden_model(case: Dict[str, Any]) -> Tuple[EMOv2, Dict[str, Tensor]]:
     return model.eval(), weights
 
 
-def logits_of(model: EMOv2, weights: Dict[str, Tensor], x: Tensor) -> Tensor:
+def logits_of(model: EMOv2, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return model(x)[-1].mean((2, 3)) @ weights['head.fc.weight'].T + weights['head.fc.bias']
 
 
-def name_of(case: Dict[str, Any]) -> str:
+def name_of(case: dict[str, Any]) -> str:
     return f'{case["arch"]}-{case["size"][0]}x{case["size"][1]}'
 
 
 class TestGolden:
     @pytest.mark.parametrize('case', CASES, ids=name_of)
-    def test_outputs(self, case: Dict[str, Any]) -> None:
+    def test_outputs(self, case: dict[str, Any]) -> None:
         model, weights = golden_model(case)
         x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
         with torch.no_grad():
@@ -65,7 +65,7 @@ class TestGolden:
             assert relative_error(maps[i], record) < 1e-5
 
     @pytest.mark.parametrize('case', [c for c in CASES if 'param_grad' in c], ids=name_of)
-    def test_gradients(self, case: Dict[str, Any]) -> None:
+    def test_gradients(self, case: dict[str, Any]) -> None:
         model, weights = golden_model(case)
         weights['head.fc.bias'].requires_grad_()
         x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
@@ -80,13 +80,11 @@ class TestGolden:
 
 class TestForward:
     @pytest.mark.parametrize('size', [(1, 1), (7, 64), (33, 70), (200, 96), (64, 64)])
-    def test_any_size(self, size: Tuple[int, int]) -> None:
+    def test_any_size(self, size: tuple[int, int]) -> None:
         maps = tiny().eval()(torch.rand(1, 3, *size))
         assert isinstance(maps, tuple)
         strides = (4, 8, 16, 32)
-        expected = [
-            (1, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(TINY['channels'], strides)
-        ]
+        expected = [(1, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(TINY['channels'], strides)]
         assert [tuple(m.shape) for m in maps] == expected
         assert all(m.isfinite().all() for m in maps)
 
@@ -126,7 +124,7 @@ class TestForward:
 
 class TestArguments:
     @pytest.mark.parametrize('indices', [(0,), (3,), (0, 2), [1, 2], (0, 1, 2, 3)])
-    def test_out_indices(self, indices: List[int]) -> None:
+    def test_out_indices(self, indices: list[int]) -> None:
         x = torch.rand(1, 3, 64, 32)
         model, whole = tiny(out_indices=indices).eval(), tiny().eval()
         whole.load_state_dict(model.state_dict(), strict=False)
@@ -155,7 +153,7 @@ class TestArguments:
             (dict(norm_cfg=dict(type='GN')), "type 'GN'"),
         ],
     )
-    def test_a_wrong_one_is_named(self, kwargs: Dict[str, Any], message: str) -> None:
+    def test_a_wrong_one_is_named(self, kwargs: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             EMOv2(**kwargs)
 
@@ -244,7 +242,7 @@ class TestGradients:
         assert without == []
 
     @pytest.mark.parametrize('kwargs', [{}, dict(frozen_stages=2), dict(drop_path_rate=0.5)])
-    def test_recomputation_gives_the_same_gradients_and_statistics(self, kwargs: Dict[str, Any]) -> None:
+    def test_recomputation_gives_the_same_gradients_and_statistics(self, kwargs: dict[str, Any]) -> None:
         results = []
         for with_cp in (False, True):
             model = tiny(with_cp=with_cp, **kwargs).train()
@@ -266,14 +264,11 @@ class TestGradients:
     def test_recomputation_keeps_less_for_the_backward_pass(self) -> None:
         kept = {}
         for with_cp in (False, True):
-            sizes: List[int] = []
-
-            def pack(t: Tensor) -> Tensor:
-                sizes.append(t.numel())
-                return t
-
+            sizes: list[int] = []
             model = tiny(with_cp=with_cp).train()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+            ):
                 model(torch.rand(2, 3, 64, 64))
             kept[with_cp] = sum(sizes)
         assert kept[True] < kept[False] / 2

@@ -121,8 +121,6 @@ def test_editable_install_adds_nothing(source: Path) -> None:
 def test_sdist_can_build_the_wheel(source: Path, tmp_path: Path) -> None:
     with tarfile.open(build(source, 'sdist')) as file:
         names = {n.partition('/')[2] for n in file.getnames()}
-    wanted = (
-        set(SOURCES) | {'model-index.yml'} | set().union(*(files_below(ROOT / f) for f in FOLDERS))
-    )
+    wanted = set(SOURCES) | {'model-index.yml'} | set().union(*(files_below(ROOT / f) for f in FOLDERS))
     assert wanted <= names
     assert not [n for n in names if n.endswith('.pyc') or '.mim' in n]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mmengine
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,15 +133,29 @@ def test_pooling_counts_the_same_however_it_is_spelt(tool):
     assert tool.analyzer(Mean(), x).total() == 0
 
 
-def test_json_is_one_line_from_any_folder():
-    pytest.importorskip('mmpretrain')
-    command = [sys.executable, str(TOOL), config_file('cls/emo2_1m'), '--json']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
+def test_json_from_a_bare_clone_and_any_folder():
+    mmpretrain = pytest.importorskip('mmpretrain')
+    # Without `site`, a development install is not seen.
+    packages = {str(Path(module.__file__).parents[1]) for module in (torch, mmengine, mmpretrain)}
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(packages))
+    command = [sys.executable, '-S', str(TOOL), config_file('cls/emo2_1m'), '--json']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n') == 1
     assert json.loads(done.stdout) == dict(
         params=1_460_844, params_inference=1_460_844, flops=284_756_712, shape=[224, 224]
     )
+
+
+def test_json_is_one_line(tool, main, monkeypatch):
+    def count(*args):
+        print('what a framework has to say')
+        return dict(params=3, params_inference=2, flops=1, shape=[4, 5], parts={}, skipped=[])
+
+    monkeypatch.setattr(tool, 'count', count)
+    status, out, err = main('config.py', '--json')
+    assert status == 0
+    assert out == '{"params": 3, "params_inference": 2, "flops": 1, "shape": [4, 5]}\n'
+    assert err == 'what a framework has to say\n'
 
 
 def test_table_shape_and_options(main):
@@ -268,9 +283,7 @@ def test_two_stages_count_the_configured_proposals(tool, tmp_path):
                     out_channels=16,
                     featmap_strides=[4, 8, 16, 32],
                 ),
-                bbox_head=dict(
-                    type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, num_classes=3
-                ),
+                bbox_head=dict(type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, num_classes=3),
             ),
             train_cfg=None,
             test_cfg=dict(rpn=dict(max_per_img=proposals), rcnn=dict()),

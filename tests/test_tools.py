@@ -52,9 +52,7 @@ def check(result):
     return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    'scope', ['mmdet', 'mmpretrain', pytest.param('mmseg', marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain', pytest.param('mmseg', marks=pytest.mark.slow)])
 def test_train_resume_evaluate(tmp_path, scope):
     pytest.importorskip(scope)
     text, metric = CASES[scope]
@@ -97,13 +95,22 @@ def test_augment_and_paint(tmp_path, scope):
     check(run(tmp_path, 'train.py', config, '--no-validate'))
     test = ['test.py', config, 'work_dirs/tiny/epoch_1.pth']
     if scope == 'mmpretrain':  # whose hook cannot do both at once
-        assert 'TTA' in check(run(tmp_path, *test, '--tta'))
+        check(run(tmp_path, *test, '--tta', '--work-dir', 'augmented'))
         log = check(run(tmp_path, *test, '--show-dir', 'painted'))
     else:
-        log = check(run(tmp_path, *test, '--tta', '--show-dir', 'painted'))
-        assert 'TTAModel' in log
+        log = check(run(tmp_path, *test, '--tta', '--show-dir', 'painted', '--work-dir', 'augmented'))
+    used = Config.fromfile(tmp_path / 'augmented/tiny.py')
+    assert 'TTA' in used.model.type
+    assert used.model.module.backbone.type == 'emo2_mm.EMOv2'
+    assert 'TestTimeAug' in [step.type for step in used.test_dataloader.dataset.pipeline]
     assert metric in log
     assert len([p for p in tmp_path.rglob('*.png') if 'painted' in p.parts]) == 4
+
+
+def test_bare_clone(tool):
+    """The package beside the tools is the one in use, installed or not."""
+    tool('runtime')
+    assert sys.path[0] == str(ROOT)
 
 
 def test_no_data(tmp_path):
@@ -129,10 +136,24 @@ def test_complete_data(tool, tmp_path, scope):
     tool('runtime').check_data(config, 'train', 'val', 'test')
 
 
+def test_where_data_comes_from(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def told(root):
+        cfg = dict(test_dataloader=dict(dataset=dict(data_root=root)))
+        with pytest.raises(SystemExit) as end:
+            tool('runtime').check_data(Config(cfg), 'test')
+        return [name for name in ('make demo', 'COCO', 'ImageNet', 'ADE20K') if name in str(end.value)]
+
+    assert told('data/digits/coco') == ['make demo']
+    assert told('data/coco/') == ['COCO']
+    assert told('data/imagenet') == ['ImageNet']
+    assert told('data/ade/ADEChallengeData2016') == ['ADE20K']
+    assert told('data/mine') == []
+
+
 def test_missing_parts(missing, tmp_path):
-    data = dict(
-        data_root=str(tmp_path / 'there'), ann_file='gone.json', data_prefix=dict(img='val')
-    )
+    data = dict(data_root=str(tmp_path / 'there'), ann_file='gone.json', data_prefix=dict(img='val'))
     loaders = dict(train_dataloader=dict(dataset=data), val_dataloader=None)
     entry = 'train_dataloader.dataset'
     assert missing(loaders, 'train', 'val') == [f'{entry}.ann_file', f'{entry}.data_prefix.img']
@@ -187,9 +208,7 @@ def test_data_not_elsewhere(missing):
         assert found == ['train_dataloader.dataset.data_root']
 
 
-@pytest.mark.parametrize(
-    'init', [{}, dict(checkpoint=None), dict(checkpoint='https://host/a.pth')], ids=str
-)
+@pytest.mark.parametrize('init', [{}, dict(checkpoint=None), dict(checkpoint='https://host/a.pth')], ids=str)
 def test_no_pretrained_file_needed(tool, init):
     backbone = dict(init_cfg=dict(type='Pretrained', **init) if init else None)
     tool('runtime').check_pretrained(Config(dict(model=dict(backbone=backbone), work_dir='w')))
@@ -197,9 +216,7 @@ def test_no_pretrained_file_needed(tool, init):
 
 def test_missing_pretrained(tool, tmp_path):
     init = [dict(type='Normal', layer='Conv2d'), dict(type='Pretrained', checkpoint='gone.pth')]
-    cfg = Config(
-        dict(model=dict(teachers=[dict(backbone=dict(init_cfg=init))]), work_dir=str(tmp_path))
-    )
+    cfg = Config(dict(model=dict(teachers=[dict(backbone=dict(init_cfg=init))]), work_dir=str(tmp_path)))
     check_pretrained = tool('runtime').check_pretrained
     for resume in (False, True):  # there is nothing yet to resume from
         cfg.resume = resume
@@ -238,9 +255,7 @@ def test_refused(tool, tmp_path, monkeypatch, arguments, message):
 
 
 def new_args(**changes):
-    return Namespace(
-        **{**dict(no_validate=False, amp=False, auto_scale_lr=False, resume=None), **changes}
-    )
+    return Namespace(**{**dict(no_validate=False, amp=False, auto_scale_lr=False, resume=None), **changes})
 
 
 def test_training_arguments(tool, monkeypatch):
@@ -267,9 +282,7 @@ def test_training_arguments(tool, monkeypatch):
 def test_mixed_precision_config_on_cpu(tool, monkeypatch, capsys):
     train = tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
-    cfg = Config(
-        dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad={}))
-    )
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad={})))
     train.apply_args(cfg, new_args())
     assert cfg.optim_wrapper == dict(type='OptimWrapper', clip_grad={})
     assert 'full precision' in capsys.readouterr().out

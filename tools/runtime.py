@@ -19,8 +19,9 @@ from mmengine.runner import Runner  # noqa: E402
 
 import emo2_mm  # noqa: E402, F401  # a config may say type='EMOv2' then
 
-# Folder name in a path -> where the data set comes from and how it lies.
+# Folder name in a path -> where the data set comes from and how it lies; the first name found counts.
 LAYOUTS = {
+    'digits': '`make demo` makes these digits.',
     'coco': 'COCO 2017 is at https://cocodataset.org/#download, to be unpacked as '
     '(PATH is data/coco in the configs)\n'
     '  PATH/annotations/instances_train2017.json, instances_val2017.json\n'
@@ -32,7 +33,6 @@ LAYOUTS = {
     '(PATH is data/ade/ADEChallengeData2016 in the configs)\n'
     '  PATH/images/training/*.jpg, PATH/images/validation/*.jpg\n'
     '  PATH/annotations/training/*.png, PATH/annotations/validation/*.png',
-    'demo': '`make demo` makes the data of the demo.',
 }
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # MMPretrain fetches these itself
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN')
@@ -144,12 +144,16 @@ def check_data(cfg: Config, *stages: str) -> None:
     for entry, value, path in missing:
         lines += [f'  {entry} = {value!r}', f'      no {os.path.abspath(path)}']
     lines.append(f'Relative paths start at the folder the command runs in, {os.getcwd()}.')
-    folders = {part.lower() for _, _, path in missing for part in Path(path).parts}
-    lines += [layout for name, layout in LAYOUTS.items() if name in folders]
+    lines += dict.fromkeys(layout for _, _, path in missing for layout in _layout(path))
     lines += ['Put the data there, or say where it is (PATH):', '  --cfg-options \\']
     roots = [value for entry, value, _ in missing if entry.endswith('.data_root')]
     options = [f'    {entry}={_moved(value, roots)}' for entry, value, _ in missing]
     fail('\n'.join(lines + [' \\\n'.join(options)]))
+
+
+def _layout(path: str) -> list[str]:
+    folders = [part.lower() for part in Path(path).parts]
+    return [layout for name, layout in LAYOUTS.items() if name in folders][:1]
 
 
 def _moved(value: str, roots: list[str]) -> str:

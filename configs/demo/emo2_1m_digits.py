@@ -27,7 +27,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-epochs = 3  # of 90 steps
+epochs = 4  # of 90 steps
 optim_wrapper = dict(optimizer=dict(lr=4e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),

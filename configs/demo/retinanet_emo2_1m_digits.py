@@ -7,7 +7,7 @@ model = dict(
         drop_path_rate=0.0,
         frozen_stages=-1,
         norm_eval=False,
-        init_cfg=dict(checkpoint='work_dirs/demo/classify/epoch_3.pth'),
+        init_cfg=dict(checkpoint='work_dirs/demo/classify/epoch_4.pth'),
     ),
     neck=dict(out_channels=96, num_outs=4),
     bbox_head=dict(
@@ -62,7 +62,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='data/digits/coco/annotations/val.json')
 test_evaluator = val_evaluator
 
-epochs = 4
+epochs = 3  # of 300 steps
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

@@ -10,13 +10,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import cv2
 import numpy as np
 from rich.progress import track
-from sklearn.datasets import load_digits, load_sample_image
 from skimage import data as photographs
+from sklearn.datasets import load_digits, load_sample_image
 
 SCENE = 192  # pixels, the side of a detection scene
 DIGIT = 48  # pixels, the side of a classification image
@@ -33,7 +33,7 @@ def load_photo(name: str) -> np.ndarray:
     return image
 
 
-def load_splits(seed: int) -> Dict[str, Dict[str, Any]]:
+def load_splits(seed: int) -> dict[str, dict[str, Any]]:
     """Digits (N, 8, 8) in 0..1, their labels and photographs of train and val; a fifth is val."""
     digits = load_digits()
     order = np.random.RandomState(seed).permutation(len(digits.images))
@@ -51,14 +51,12 @@ def load_splits(seed: int) -> Dict[str, Dict[str, Any]]:
     }
 
 
-def draw_background(photos: List[np.ndarray], side: int, rng: np.random.RandomState) -> np.ndarray:
+def draw_background(photos: list[np.ndarray], side: int, rng: np.random.RandomState) -> np.ndarray:
     """A random dimmed crop of a photograph, (side, side, 3) float."""
     photo = photos[rng.randint(len(photos))]
     crop = min(rng.randint(side, 2 * side), *photo.shape[:2])
     y, x = (rng.randint(n - crop + 1) for n in photo.shape[:2])
-    image = cv2.resize(
-        photo[y : y + crop, x : x + crop], (side, side), interpolation=cv2.INTER_AREA
-    )
+    image = cv2.resize(photo[y : y + crop, x : x + crop], (side, side), interpolation=cv2.INTER_AREA)
     return image * DIMMED
 
 
@@ -81,17 +79,13 @@ def bright_colour(rng: np.random.RandomState) -> np.ndarray:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(float)
 
 
-def paste(
-    image: np.ndarray, glyph: np.ndarray, y: int, x: int, rng: np.random.RandomState
-) -> None:
+def paste(image: np.ndarray, glyph: np.ndarray, y: int, x: int, rng: np.random.RandomState) -> None:
     h, w = glyph.shape
     window = image[y : y + h, x : x + w]
     window += glyph[..., None] * (bright_colour(rng) - window)
 
 
-def make_scene(
-    split: Dict[str, Any], rng: np.random.RandomState
-) -> Tuple[np.ndarray, List[Dict[str, Any]]]:
+def make_scene(split: dict[str, Any], rng: np.random.RandomState) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """A scene of two to five digits that do not touch, and its annotations in COCO's terms."""
     image = draw_background(split['photos'], SCENE, rng)
     taken = np.zeros((SCENE, SCENE), bool)
@@ -126,10 +120,10 @@ def save(path: Path, image: np.ndarray) -> None:
     cv2.imwrite(str(path), image.round().astype(np.uint8)[..., ::-1])
 
 
-def make_detection(out: Path, name: str, split: Dict[str, Any], count: int, seed: int) -> None:
+def make_detection(out: Path, name: str, split: dict[str, Any], count: int, seed: int) -> None:
     """Scenes and their annotation file, in COCO's format."""
     rng = np.random.RandomState(seed)
-    coco: Dict[str, Any] = dict(
+    coco: dict[str, Any] = dict(
         info=dict(description='scikit-learn digits over photographs'),
         categories=[dict(id=i + 1, name=str(i)) for i in range(10)],
         images=[],
@@ -141,16 +135,12 @@ def make_detection(out: Path, name: str, split: Dict[str, Any], count: int, seed
         save(out / name / file, image)
         coco['images'].append(dict(id=i, file_name=file, width=SCENE, height=SCENE))
         for annotation in annotations:
-            coco['annotations'].append(
-                dict(id=len(coco['annotations']) + 1, image_id=i, **annotation)
-            )
+            coco['annotations'].append(dict(id=len(coco['annotations']) + 1, image_id=i, **annotation))
     (out / 'annotations').mkdir(exist_ok=True)
     (out / 'annotations' / f'{name}.json').write_text(json.dumps(coco))
 
 
-def make_classification(
-    out: Path, name: str, split: Dict[str, Any], copies: int, seed: int
-) -> None:
+def make_classification(out: Path, name: str, split: dict[str, Any], copies: int, seed: int) -> None:
     """One folder a class; every digit in some colours, sizes and places."""
     rng = np.random.RandomState(seed)
     for i in track(range(len(split['labels'])), f'digits, {name}'):

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Sequence
 
 import matplotlib
 import numpy as np
@@ -24,12 +24,12 @@ SCORE = 0.4  # predictions below are not drawn
 COLOURS = plt.get_cmap('tab10').colors
 
 
-def read_log(work_dir: Path, train_keys: Sequence[str], val_keys: Sequence[str]) -> Dict[str, Any]:
+def read_log(work_dir: Path, train_keys: Sequence[str], val_keys: Sequence[str]) -> dict[str, Any]:
     """Curves of a training run, also one that was interrupted: key -> list of (step, value)."""
-    lines: List[Dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
         lines += [json.loads(line) for line in file.read_text().splitlines()]
-    curves: Dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for keys, is_val in ((train_keys, False), (val_keys, True)):
         for key in keys:
             # a resumed run repeats steps after its last checkpoint: the later value counts
@@ -38,7 +38,7 @@ def read_log(work_dir: Path, train_keys: Sequence[str], val_keys: Sequence[str])
     return curves
 
 
-def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[Tuple[Any, int, str]]) -> None:
+def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[tuple[Any, int, str]]) -> None:
     ax.imshow(image)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -88,7 +88,7 @@ def draw_predictions(path: Path, coco: COCO, found: COCO, folder: Path, title: s
     plt.close(fig)
 
 
-def draw_curves(path: Path, classify: Dict[str, Any], detect: Dict[str, Any]) -> None:
+def draw_curves(path: Path, classify: dict[str, Any], detect: dict[str, Any]) -> None:
     """Loss and metric of the two trainings over their steps."""
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
     panels = (
@@ -138,12 +138,8 @@ def main() -> None:
     coco = COCO(str(args.data / 'coco/annotations/val.json'))
     found = coco.loadRes(str(out / 'test/predictions.bbox.json'))
     ap50, top1 = metrics['coco/bbox_mAP_50'], classify['accuracy/top1'][-1][1]
-    title = (
-        f'RetinaNet on EMOv2-1M: box AP50 {ap50:.2f} on {len(coco.imgs)} scenes of held-out digits'
-    )
-    draw_predictions(
-        out / 'predictions.png', coco, found, args.data / 'coco/val', title
-    )
+    title = f'RetinaNet on EMOv2-1M: box AP50 {ap50:.2f} on {len(coco.imgs)} scenes of held-out digits'
+    draw_predictions(out / 'predictions.png', coco, found, args.data / 'coco/val', title)
     draw_curves(out / 'curves.png', classify, detect)
 
     seconds = {name: step['seconds'] for name, step in steps.items() if name != 'report'}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from rich.console import Console
@@ -37,12 +37,12 @@ class Step(NamedTuple):
     name: str
     title: str
     minutes: float
-    command: List[str]
-    inputs: List[str]
-    made: List[Path]  # removed before the step is begun anew
+    command: list[str]
+    inputs: list[str]
+    made: list[Path]  # removed before the step is begun anew
 
 
-def make_steps() -> List[Step]:
+def make_steps() -> list[Step]:
     classify, detect = OUT / 'classify', OUT / 'detect'
     epochs = Config.fromfile(DETECT).train_cfg.max_epochs
     return [
@@ -104,7 +104,7 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.steps: Dict[str, Dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def save(self, name: str, **values: Any) -> None:
         self.steps[name] = values
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument('--again', action='store_true', help='do all steps again')
     args = parser.parse_args()
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     record = Record(OUT / 'steps.json')
     if args.again:
         record.steps.clear()
@@ -197,4 +197,4 @@ if __name__ == '__main__':
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit('\ninterrupted; the same command goes on from here')
+        raise SystemExit('\ninterrupted; the same command goes on from here') from None

@@ -1,0 +1,8 @@
+# Mask R-CNN on EMOv2-1M, COCO 1x: reported box mAP 37.1.
+_base_ = './mask-rcnn_emo2_5m.py'
+
+checkpoint = 'checkpoints/EMOv2_1M_224.pth'
+model = dict(
+    backbone=dict(arch='1m', drop_path_rate=0.04036, init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[32, 48, 80, 180]),
+)

@@ -1,0 +1,82 @@
+# SSDLite on EMOv2-5M at 320 x 320, COCO: reported box mAP 29.6 (the paper calls the size 300). The root
+# of the SSDLite configs.
+_base_ = [
+    '../_base_/datasets/coco_ssd_320.py',
+    '../_base_/schedules/coco_ssd_120e.py',
+    '../_base_/det_runtime.py',
+]
+
+norm_cfg = dict(type='BN', eps=0.001, momentum=0.03)
+model = dict(
+    type='SingleStageDetector',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_size_divisor=1,
+    ),
+    backbone=dict(
+        type='emo2_mm.EMOv2',
+        arch='5m',
+        window_size=10,
+        drop_path_rate=0.05,
+        out_indices=(2, 3),
+        norm_eval=True,
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/EMOv2_5M_224.pth'),
+    ),
+    neck=dict(
+        type='SSDNeck',
+        in_channels=(160, 288),
+        out_channels=(160, 288, 512, 256, 256, 128),
+        level_strides=(2, 2, 2, 2),
+        level_paddings=(1, 1, 1, 1),
+        l2_norm_scale=None,
+        use_depthwise=True,
+        norm_cfg=norm_cfg,
+        act_cfg=dict(type='ReLU6'),
+        init_cfg=dict(type='TruncNormal', layer='Conv2d', std=0.03),
+    ),
+    bbox_head=dict(
+        type='SSDHead',
+        in_channels=(160, 288, 512, 256, 256, 128),
+        num_classes=80,
+        use_depthwise=True,
+        norm_cfg=norm_cfg,
+        act_cfg=dict(type='ReLU6'),
+        init_cfg=dict(type='Normal', layer='Conv2d', std=0.001),
+        anchor_generator=dict(
+            type='SSDAnchorGenerator',
+            scale_major=False,
+            strides=[16, 32, 64, 107, 160, 320],
+            ratios=[[2, 3]] * 6,
+            min_sizes=[48, 100, 150, 202, 253, 304],
+            max_sizes=[100, 150, 202, 253, 304, 320],
+        ),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
+    ),
+    train_cfg=dict(
+        assigner=dict(
+            type='MaxIoUAssigner',
+            pos_iou_thr=0.5,
+            neg_iou_thr=0.5,
+            min_pos_iou=0.0,
+            ignore_iof_thr=-1,
+            gt_max_assign_all=False,
+        ),
+        sampler=dict(type='PseudoSampler'),
+        smoothl1_beta=1.0,
+        allowed_border=-1,
+        pos_weight=-1,
+        neg_pos_ratio=3,
+        debug=False,
+    ),
+    test_cfg=dict(
+        nms_pre=1000,
+        nms=dict(type='nms', iou_threshold=0.45),
+        min_bbox_size=0,
+        score_thr=0.02,
+        max_per_img=200,
+    ),
+)
+env_cfg = dict(cudnn_benchmark=True)
