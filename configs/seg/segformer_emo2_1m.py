@@ -1,0 +1,8 @@
+# SegFormer on EMOv2-1M, ADE20K: reported mIoU 37.0.
+_base_ = './segformer_emo2_5m.py'
+
+checkpoint = 'checkpoints/EMOv2_1M_224.pth'
+model = dict(
+    backbone=dict(arch='1m', drop_path_rate=0.04036, init_cfg=dict(checkpoint=checkpoint)),
+    decode_head=dict(in_channels=[32, 48, 80, 180], channels=180),
+)
