@@ -1,26 +1,20 @@
-"""Weights for the backbone out of any file that may hold them, read without running its code.
+"""Weights for the backbone out of any file that may hold them.
 
-A file is read (:func:`read_checkpoint`), its state dict found and named as in
-:class:`emo2_mm.EMOv2` (:func:`find_state_dict`), and that must fill the model
-(:func:`match_weights`).
+A file is read (:func:`emo2_mm.reading.read_checkpoint`), its state dict found and named as in
+:class:`emo2_mm.EMOv2` (:func:`find_state_dict`), and that must fill the model (:func:`match_weights`).
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import re
-import warnings
-import zipfile
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, BinaryIO, Dict, Mapping
-from urllib.parse import urlparse
+from typing import Any, Dict, Mapping
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+
+from .reading import read_checkpoint
 
 Weights = Dict[str, Tensor]
 
@@ -220,205 +214,3 @@ def classifier_state_dict(weights: Weights, backbone: nn.Module) -> Weights:
 def _some(names: Any, limit: int = 4) -> str:
     names = [str(name) for name in names]
     return ', '.join(names[:limit]) + (', ...' if len(names) > limit else '') or 'none'
-
-
-# Reading. Only torch's zip format is taken: in the older ones torch before 2.6 runs code of the
-# file even under weights_only (CVE-2025-32434).
-
-RESAVE = (
-    'if you trust it, read it with torch.load(FILE, weights_only=False) and save the state dict '
-    'again with torch.save'
-)
-
-
-def read_checkpoint(path: str | os.PathLike) -> Any:
-    """Read a file of :func:`torch.save` without running code of it.
-
-    Args:
-        path: A local path, or an ``http(s)://`` address, downloaded once into torch's cache.
-
-    Returns:
-        Plain data, and tensors on the CPU. The logging objects of an MMEngine checkpoint are
-        replaced by empty ones.
-
-    Raises:
-        OSError: If there is no such file.
-        ValueError: If the file is of another kind, is damaged, or needs code to be run.
-    """
-    local = _download(str(path)) if '://' in str(path) else Path(path).expanduser()
-    if local.is_dir():
-        raise IsADirectoryError(f'{path}: a folder; give the checkpoint file in it')
-    if not local.exists():
-        raise FileNotFoundError(f'{path}: no such checkpoint file')
-    with local.open('rb') as file:
-        problem = _wrong_kind(file)
-        if problem:
-            raise ValueError(f'{local}: {problem}')
-        try:
-            return _read_zip(file)
-        except Exception as error:  # whatever a damaged or hostile file leads to
-            message = f'{type(error).__name__}: {error}'.splitlines()[0]
-            raise ValueError(f'{local}: cannot be read: {message}') from error
-
-
-def _download(url: str) -> Path:
-    if urlparse(url).scheme not in ('http', 'https'):
-        raise ValueError(f'{url}: give a local path or an http:// or https:// address')
-    # Many files are called latest.pth: tell them apart by their whole address.
-    name = f'{sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
-    target = Path(torch.hub.get_dir(), 'checkpoints', name)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        print_log(f'Downloading {url} to {target}', logger='current')
-        try:
-            torch.hub.download_url_to_file(url, str(target), progress=False)
-        except OSError as error:
-            raise OSError(f'{url}: download failed: {error}') from error
-    return target
-
-
-def _wrong_kind(file: BinaryIO) -> str | None:
-    """Say what a file is, if it is not a zip archive, and what to do."""
-    head = file.read(512)
-    if head.startswith(b'PK\x03\x04'):
-        if zipfile.is_zipfile(file):
-            return None
-        return 'the end of the file is missing; copy or download it again'
-    if not head:
-        return 'the file is empty; copy or download it again'
-    if head.startswith(b'version https://git-lfs'):
-        return 'a pointer of Git LFS, not the weights; fetch them with `git lfs pull`'
-    if head.lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'<'):
-        return 'a web page (HTML or XML), not weights; delete it and download the file itself'
-    if head[257:262] == b'ustar':
-        return f"torch's old tar format, which cannot be read safely; {RESAVE}"
-    if head.startswith(b'\x80'):
-        return f"a bare pickle or torch's format before 1.6, which cannot be read safely; {RESAVE}"
-    if head[8:9] == b'{':
-        return 'a safetensors file, which is not supported; save its tensors with torch.save'
-    return f'not a file of torch.save; it starts with {head[:16]!r}'
-
-
-def _read_zip(file: BinaryIO) -> Any:
-    file.seek(0)
-    reader = torch._C.PyTorchFileReader(file)  # the parser of torch.load: both see the same records
-    records = reader.get_all_records()
-    if 'constants.pkl' in records:
-        raise ValueError('a TorchScript archive, which holds code; save the state_dict() instead')
-    if 'data.pkl' not in records:
-        raise ValueError('a zip archive, but not one of torch.save')
-    _Check(reader).load()
-    try:
-        file.seek(0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1's own use
-            return torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:  # torch refuses logging objects, which ALLOWED replaces
-        file.seek(0)
-        return torch.load(file, map_location='cpu', pickle_module=_StateDictPickle)
-
-
-class _Dropped:
-    """Stands for an object that no state dict needs: accepts anything, keeps and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Dropped:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Dict(dict):
-    """An ``OrderedDict`` to which a file can give no attributes."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Rebuild:
-    """A function that a file can call but, unlike a plain one, not change."""
-
-    __slots__ = ('function',)
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError('it changes a function')
-
-
-def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
-    """Build a tensor without the hooks and metadata that a file may give it."""
-    if isinstance(storage, _Dropped):
-        return storage
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
-
-
-# All that a file may name. What is not here is never imported, so it cannot be called.
-ALLOWED = {
-    'collections.OrderedDict': _Dict,
-    'torch._utils._rebuild_tensor_v2': _Rebuild(_tensor),
-    'torch._utils._rebuild_parameter': _Rebuild(lambda tensor, *_: tensor),
-    # MMEngine's message hub; getattr is how the methods of a HistoryBuffer are written
-    'mmengine.logging.history_buffer.HistoryBuffer': _Dropped,
-    '__builtin__.getattr': _Dropped,
-    'builtins.getattr': _Dropped,
-    'numpy.ndarray': _Dropped,
-    'numpy.dtype': _Dropped,
-    'numpy.core.multiarray._reconstruct': _Dropped,
-    'numpy.core.multiarray.scalar': _Dropped,
-    'numpy._core.multiarray._reconstruct': _Dropped,
-    'numpy._core.multiarray.scalar': _Dropped,
-    '_codecs.encode': _Dropped,
-    'collections.Counter': _Dropped,  # a MultiStepLR of MMEngine or torch
-    'argparse.Namespace': _Dropped,  # timm's arguments
-}
-ITEM_BYTES = {
-    **{'DoubleStorage': 8, 'FloatStorage': 4, 'HalfStorage': 2, 'BFloat16Storage': 2},
-    **{'LongStorage': 8, 'IntStorage': 4, 'ShortStorage': 2, 'CharStorage': 1, 'ByteStorage': 1},
-    'BoolStorage': 1,
-}
-
-
-class _StateDictPickle:
-    """A ``pickle_module`` for :func:`torch.load`, which adds the storages itself."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if f'{module}.{name}' not in ALLOWED:
-                raise pickle.UnpicklingError(
-                    f'it needs {module}.{name} to be run, which is refused; {RESAVE}'
-                )
-            return ALLOWED[f'{module}.{name}']
-
-
-class _Check(_StateDictPickle.Unpickler):
-    """Goes through a file without making a tensor: its names, and the size of each storage.
-
-    Torch before 2.10 believes the sizes that a file states, under ``weights_only`` too, and reads
-    and writes beyond the data.
-    """
-
-    def __init__(self, reader: Any) -> None:
-        super().__init__(io.BytesIO(reader.get_record('data.pkl')))
-        self.reader = reader
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == 'torch' and name in ITEM_BYTES:
-            return ITEM_BYTES[name]
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> _Dropped:
-        kind, item_bytes, key, _, count = pid
-        if kind != 'storage' or type(key) is not str:
-            raise pickle.UnpicklingError(f'it holds {pid}, which is not a storage')
-        size = len(self.reader.get_record(f'data/{key}'))
-        if size != item_bytes * count:
-            raise pickle.UnpicklingError(f'data/{key} has {size} bytes, not {item_bytes * count}')
-        return _Dropped()

@@ -25,7 +25,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from emo2_mm import EMOv2
-from emo2_mm.checkpoint import find_arch, find_state_dict, load_backbone_weights, read_checkpoint
+from emo2_mm.checkpoint import find_arch, find_state_dict, load_backbone_weights
+from emo2_mm.reading import read_checkpoint
 
 ARCHS = EMOv2.arch_settings
 

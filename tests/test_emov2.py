@@ -79,7 +79,7 @@ class TestGolden:
 
 
 class TestForward:
-    @pytest.mark.parametrize('size', [(1, 1), (7, 64), (33, 70), (200, 96), (64, 64)])
+    @pytest.mark.parametrize('size', [(1, 1), (7, 64), (33, 70), (200, 96), (64, 64), (1031, 1500)])
     def test_any_size(self, size: tuple[int, int]) -> None:
         maps = tiny().eval()(torch.rand(1, 3, *size))
         assert isinstance(maps, tuple)

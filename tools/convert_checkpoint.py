@@ -16,8 +16,8 @@ from emo2_mm.checkpoint import (  # noqa: E402
     classifier_state_dict,
     find_arch,
     find_state_dict,
-    read_checkpoint,
 )
+from emo2_mm.reading import read_checkpoint  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

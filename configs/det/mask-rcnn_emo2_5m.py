@@ -1,5 +1,6 @@
 # Mask R-CNN on EMOv2-5M, COCO 1x: reported box mAP 42.3, mask mAP 39.0. The root of the Mask R-CNN configs.
 _base_ = [
+    '../_base_/models/emo2_5m_det.py',
     '../_base_/datasets/coco_instance.py',
     '../_base_/schedules/coco_1x.py',
     '../_base_/det_runtime.py',
@@ -7,24 +8,7 @@ _base_ = [
 
 model = dict(
     type='MaskRCNN',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_mask=True,
-        pad_size_divisor=32,
-    ),
-    backbone=dict(
-        type='emo2_mm.EMOv2',
-        arch='5m',
-        window_size=10,
-        drop_path_rate=0.05,
-        out_indices=(0, 1, 2, 3),
-        frozen_stages=1,
-        norm_eval=True,
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/EMOv2_5M_224.pth'),
-    ),
+    data_preprocessor=dict(pad_mask=True),
     neck=dict(type='FPN', in_channels=[48, 72, 160, 288], out_channels=256, num_outs=5),
     rpn_head=dict(
         type='RPNHead',

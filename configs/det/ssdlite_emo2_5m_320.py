@@ -1,6 +1,7 @@
 # SSDLite on EMOv2-5M at 320 x 320, COCO: reported box mAP 29.6 (the paper calls the size 300). The root
 # of the SSDLite configs.
 _base_ = [
+    '../_base_/models/emo2_5m_det.py',
     '../_base_/datasets/coco_ssd_320.py',
     '../_base_/schedules/coco_ssd_120e.py',
     '../_base_/det_runtime.py',
@@ -9,22 +10,8 @@ _base_ = [
 norm_cfg = dict(type='BN', eps=0.001, momentum=0.03)
 model = dict(
     type='SingleStageDetector',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=1,
-    ),
-    backbone=dict(
-        type='emo2_mm.EMOv2',
-        arch='5m',
-        window_size=10,
-        drop_path_rate=0.05,
-        out_indices=(2, 3),
-        norm_eval=True,
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/EMOv2_5M_224.pth'),
-    ),
+    data_preprocessor=dict(pad_size_divisor=1),
+    backbone=dict(out_indices=(2, 3), frozen_stages=-1),
     neck=dict(
         type='SSDNeck',
         in_channels=(160, 288),

@@ -154,18 +154,8 @@ def execute(step: Step, console: Console) -> None:
         raise SystemExit(f'{tail}\nerror: step {step.name!r} failed with code {code}; whole log: {log}')
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--again', action='store_true', help='do all steps again')
-    args = parser.parse_args()
-
-    console = Console(highlight=False, soft_wrap=True)
-    record = Record(OUT / 'steps.json')
-    if args.again:
-        record.steps.clear()
-    steps = make_steps()
+def run_steps(steps: list[Step], record: Record, console: Console) -> None:
+    """Run the steps that are not done, or done with other inputs; all that follow one, too."""
     before = ''
     for number, step in enumerate(steps, 1):
         before = fingerprint(step, before)
@@ -188,6 +178,20 @@ def main() -> None:
             seconds = round(spent + time.monotonic() - start, 1)
             record.save(step.name, fingerprint=before, finished=False, seconds=seconds)
         record.save(step.name, fingerprint=before, finished=True, seconds=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--again', action='store_true', help='do all steps again')
+    args = parser.parse_args()
+
+    record = Record(OUT / 'steps.json')
+    if args.again:
+        record.steps.clear()
+    console = Console(highlight=False, soft_wrap=True)
+    run_steps(make_steps(), record, console)
     results = json.loads((OUT / 'results.json').read_text())
     console.print(results['summary'], markup=False)
 

@@ -1,5 +1,6 @@
 # COCO 2017 boxes at 320 x 320, five times an epoch: 8 GPUs x 24 images.
-dataset = dict(type='CocoDataset', data_root='data/coco/')
+_base_ = './coco_detection.py'
+
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
@@ -28,36 +29,20 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=24,
     num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_sampler=None,
     dataset=dict(
+        _delete_=True,
         type='RepeatDataset',
         times=5,
         dataset=dict(
+            type='CocoDataset',
+            data_root='data/coco/',
             ann_file='annotations/instances_train2017.json',
             data_prefix=dict(img='train2017/'),
             filter_cfg=dict(filter_empty_gt=True, min_size=32),
             pipeline=train_pipeline,
-            **dataset,
         ),
     ),
 )
-val_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        ann_file='annotations/instances_val2017.json',
-        data_prefix=dict(img='val2017/'),
-        test_mode=True,
-        pipeline=test_pipeline,
-        **dataset,
-    ),
-)
-val_evaluator = dict(
-    type='CocoMetric', ann_file='data/coco/annotations/instances_val2017.json', metric='bbox'
-)
+val_dataloader = dict(batch_size=8, num_workers=4, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-test_evaluator = val_evaluator
