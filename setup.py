@@ -69,7 +69,7 @@ setup(
     keywords='computer vision, backbone, EMOv2, OpenMMLab, object detection',
     packages=find_packages(include=['emo2_mm', 'emo2_mm.*']),
     python_requires='>=3.8',
-    install_requires=['torch>=2.0'],
+    install_requires=['torch>=2.1'],
     extras_require={
         'cls': cls,
         'det': det,

@@ -13,8 +13,8 @@ class DepthwiseConv2d(nn.Conv2d):
     """Depth-wise convolution with an odd kernel, "same" padding and no bias.
 
     The same function as :class:`torch.nn.Conv2d`. On CPUs the gradient of the input is computed as another
-    forward convolution: oneDNN's own backward kernel for channels-last maps takes 10 to 100 times the
-    forward pass and made up two thirds of a training step.
+    forward convolution: oneDNN's own kernel for it is many times slower with channels-last maps and would
+    take most of a training step.
 
     Args:
         channels: Channels of the input and the output.

@@ -26,10 +26,10 @@ STAGE_ATTENDS = (False, False, True, True)
 
 def build_batch_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
     """Build the batch norm that ``norm_cfg`` names, with this network's eps unless it sets one."""
-    cfg = {'eps': EPS, **norm_cfg}
+    cfg = {'eps': EPS, **(norm_cfg or {})}
     kind, requires_grad = cfg.pop('type', None), cfg.pop('requires_grad', True)
     if kind not in BATCH_NORMS:
-        raise ValueError(f'norm_cfg has type {kind!r}; EMOv2 takes one of {list(BATCH_NORMS)}')
+        raise ValueError(f'norm_cfg is {norm_cfg}; EMOv2 takes the types {list(BATCH_NORMS)}')
     norm = BATCH_NORMS[kind](channels, **cfg)
     return norm.requires_grad_(requires_grad)
 
@@ -124,7 +124,9 @@ class I2RMB(nn.Module):
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep running statistics as they are, so that recomputing a block does not count its batch twice."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    norms = [
+        m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+    ]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for m in norms:
         m.momentum = 0.0
@@ -199,7 +201,7 @@ class EMOv2(BaseModule):
         window_size: int = 7,
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 1e-6,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
@@ -210,8 +212,9 @@ class EMOv2(BaseModule):
         super().__init__(init_cfg)
         settings = self._check_arch(arch)
         depths, channels = settings['depths'], settings['channels']
-        self.out_indices = tuple(out_indices)
-        if not self.out_indices or list(self.out_indices) != sorted(set(out_indices) & set(range(4))):
+        out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        self.out_indices = out_indices
+        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
             raise ValueError(f'out_indices is {out_indices}; give rising numbers out of 0, 1, 2, 3')
         num_stages = self.out_indices[-1] + 1
         if frozen_stages not in range(-1, num_stages + 1):
@@ -219,7 +222,7 @@ class EMOv2(BaseModule):
                 f'frozen_stages is {frozen_stages}; out_indices={self.out_indices} builds '
                 f'{num_stages} stages: give -1 (none), 0 (stem) to {num_stages}'
             )
-        if window_size < 1:
+        if not isinstance(window_size, int) or window_size < 1:
             raise ValueError(f'window_size is {window_size}; give a positive number of tokens')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate is {drop_path_rate}; give a rate from 0 to below 1')
@@ -278,8 +281,8 @@ class EMOv2(BaseModule):
                 raise ValueError(f'arch is {arch!r}; give one of {list(cls.arch_settings)} or a dict')
             return cls.arch_settings[arch]
         keys = {'depths', 'channels', 'expand_ratios', 'head_dim'}
-        if set(arch) != keys:
-            raise ValueError(f'arch has the keys {sorted(arch)}; give exactly {sorted(keys)}')
+        if not isinstance(arch, dict) or set(arch) != keys:
+            raise ValueError(f'arch is {arch}; a dict has exactly the keys {sorted(keys)}')
         for key in ('depths', 'channels', 'expand_ratios'):
             if len(arch[key]) != 4:
                 raise ValueError(f'arch[{key!r}] is {arch[key]}; give four values, one a stage')
@@ -332,6 +335,8 @@ class EMOv2(BaseModule):
             super().init_weights()
             return
         for cfg in pretrained:
+            if not cfg.get('checkpoint'):
+                raise ValueError(f'init_cfg is {cfg}; name the file with checkpoint=FILE')
             load_backbone_weights(self, cfg['checkpoint'])
         self._is_init = True
 

@@ -172,6 +172,14 @@ ALLOWED = {
     '_codecs.encode': _Dropped,
     'collections.Counter': _Dropped,  # a MultiStepLR of MMEngine or torch
     'argparse.Namespace': _Dropped,  # timm's arguments
+    'builtins.set': _Dropped,
+    'pathlib.PosixPath': _Dropped,
+    'torch.device': _Dropped,
+    'torch.Size': _Dropped,
+    **{
+        f'torch.{name}': _Dropped
+        for name in ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'uint8', 'bool')
+    },
 }
 ITEM_BYTES = {
     **{'DoubleStorage': 8, 'FloatStorage': 4, 'HalfStorage': 2, 'BFloat16Storage': 2},
@@ -187,7 +195,8 @@ class _StateDictPickle:
         def find_class(self, module: str, name: str) -> Any:
             if f'{module}.{name}' not in ALLOWED:
                 raise pickle.UnpicklingError(
-                    f'it needs {module}.{name} to be run, which is refused; {RESAVE}'
+                    f'it names {module}.{name}, which is not among the harmless things: refused, not run; '
+                    f'{RESAVE}'
                 )
             return ALLOWED[f'{module}.{name}']
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +62,17 @@ class TestData:
                 for x2, y2, w2, h2 in boxes[:i]:
                     assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
 
+    def test_other_files_of_the_folder_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / 'coco').mkdir()
+        (tmp_path / 'coco/old.jpg').touch()
+        (tmp_path / 'thesis.txt').touch()
+        words = [str(tmp_path), '--scenes', '1', '--val-scenes', '1', '--copies', '0']
+        monkeypatch.setattr(sys, 'argv', ['make_digits.py', *words])
+        make_digits.main()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ['coco', 'folders', 'thesis.txt']
+        assert not (tmp_path / 'coco/old.jpg').exists()
+        assert (tmp_path / 'coco/annotations/train.json').exists()
+
     def test_folders_are_named_after_the_digit(self, tmp_path: Path) -> None:
         split = make_digits.load_splits(seed=0)['val']
         small = dict(split, labels=split['labels'][:6], digits=split['digits'][:6])
@@ -92,7 +104,7 @@ class TestSteps:
             for name in ('first.py', 'second.py')
         ]
         console = rich_console.Console(quiet=True)
-        run.run_steps(steps, run.Record(Path('out/steps.json')), console)
+        run.run_steps(steps, console)
 
     def times(self, name: str) -> int:
         path = Path(f'{name}.log')
@@ -111,11 +123,35 @@ class TestSteps:
         assert (self.times('first.py'), self.times('second.py')) == (2, 2)
         assert not Path('made_second.py/old').exists()
 
-    def test_a_lost_result_is_made_again(self) -> None:
+    def test_a_lost_result_is_made_again_and_timed_anew(self) -> None:
         self.run()
+        record = Path('out/steps.json')
+        steps = json.loads(record.read_text())
+        steps['first.py']['seconds'] = 1000.0
+        record.write_text(json.dumps(steps))
         Path('made_first.py').rmdir()
         self.run()
-        assert self.times('first.py') == 2
+        assert (self.times('first.py'), self.times('second.py')) == (2, 1)
+        assert json.loads(record.read_text())['first.py']['seconds'] < 100
+
+    def test_only_one_demo_is_at_work(self) -> None:
+        console = rich_console.Console(quiet=True)
+        lock = run.hold_lock(console)
+        code = "import fcntl; fcntl.flock(open('out/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        busy = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        assert 'BlockingIOError' in busy.stderr
+        lock.close()
+        assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+    def test_a_step_holds_the_lock_by_itself(self) -> None:
+        self.write(
+            'first.py',
+            "import os; Path('lock_of_step').write_text(str(os.path.sameopenfile("
+            "int(max(f for f in os.listdir('/proc/self/fd') if Path('/proc/self/fd/' + f)"
+            ".resolve().name == 'lock')), os.open('out/lock', os.O_RDONLY))))",
+        )
+        self.run()
+        assert Path('lock_of_step').read_text() == 'True'
 
     def test_a_failed_step_says_why_and_goes_on_with_what_it_had(self, tmp_path: Path) -> None:
         self.write('second.py', "Path('made_second.py/part').touch()\nif Path('broken').exists(): 1 / 0")
@@ -141,11 +177,11 @@ class TestReport:
     def test_curves_of_a_resumed_run(self, tmp_path: Path) -> None:
         """Steps after the last checkpoint are trained twice: the second time counts."""
         for run_name, lines in (
-            ('1', [dict(lr=1, loss=3.0, step=10), dict(lr=1, loss=2.0, step=20), dict(ap=0.1, step=1)]),
-            ('2', [dict(lr=1, loss=1.5, step=20), dict(lr=1, loss=1.0, step=30), dict(ap=0.3, step=2)]),
+            ('1', [dict(loss=3.0, step=10, epoch=1), dict(loss=2.0, step=20, epoch=1), dict(ap=0.1, step=1)]),
+            ('2', [dict(loss=1.5, step=20, epoch=1), dict(loss=1.0, step=40, epoch=2), dict(ap=0.3, step=2)]),
         ):
             path = tmp_path / run_name / 'vis_data/scalars.json'
             path.parent.mkdir(parents=True)
             path.write_text('\n'.join(map(json.dumps, lines)))
-        curves = report.read_log(tmp_path, ['loss'], ['ap'])
-        assert curves == dict(loss=[(10, 3.0), (20, 1.5), (30, 1.0)], ap=[(1, 0.1), (2, 0.3)])
+        curves = report.read_log(tmp_path, 'loss', ['ap'])
+        assert curves == dict(loss=[(10, 3.0), (20, 1.5), (40, 1.0)], ap=[(20, 0.1), (40, 0.3)])

@@ -42,7 +42,6 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each process sees half of the images, and both end with the same weights."""
     pytest.importorskip('mmdet')

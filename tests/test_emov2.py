@@ -29,7 +29,7 @@ def tiny(seed: int = 0, **kwargs: Any) -> EMOv2:
     torch.manual_seed(seed)
     model = EMOv2(TINY, layer_scale_init_value=0.5, window_size=3, **kwargs)
     for norm in model.modules():
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
             nn.init.normal_(norm.running_mean, std=0.1)
             nn.init.uniform_(norm.running_var, 0.8, 1.2)
     return model
@@ -138,7 +138,7 @@ class TestArguments:
         ('kwargs', 'message'),
         [
             (dict(arch='3m'), r"arch is '3m'; give one of \['1m', '2m', '5m', '20m', '50m'\]"),
-            (dict(arch=dict(depths=(1, 1, 1, 1))), 'give exactly'),
+            (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly the keys'),
             (dict(arch=dict(TINY, depths=(1, 1))), r"arch\['depths'\] is \(1, 1\)"),
             (dict(arch=dict(TINY, head_dim=7)), 'does not divide into heads of 7'),
             (dict(arch=dict(TINY, expand_ratios=(2, 2, 2, 2.1))), 'does not divide into heads'),
@@ -150,12 +150,22 @@ class TestArguments:
             (dict(frozen_stages=2, out_indices=(0,)), 'builds 1 stages'),
             (dict(window_size=0), 'window_size is 0'),
             (dict(drop_path_rate=1.0), 'drop_path_rate is 1.0'),
-            (dict(norm_cfg=dict(type='GN')), "type 'GN'"),
+            (dict(norm_cfg=dict(type='GN')), r"norm_cfg is \{'type': 'GN'\}"),
+            (dict(norm_cfg=None), 'norm_cfg is None'),
+            (dict(arch=5), 'arch is 5'),
+            (dict(window_size=None), 'window_size is None'),
         ],
     )
     def test_a_wrong_one_is_named(self, kwargs: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             EMOv2(**kwargs)
+
+    def test_one_index_may_stand_alone(self) -> None:
+        assert [tuple(m.shape) for m in tiny(out_indices=2)(torch.rand(2, 3, 32, 32))] == [(2, 16, 2, 2)]
+
+    def test_pretrained_without_a_file_is_named(self) -> None:
+        with pytest.raises(ValueError, match='name the file with checkpoint=FILE'):
+            tiny(init_cfg=dict(type='Pretrained', checkpoint=None)).init_weights()
 
     def test_the_callers_sequences_are_not_changed(self) -> None:
         indices, arch = [1, 3], dict(TINY, depths=[1, 1, 1, 1])
@@ -241,7 +251,15 @@ class TestGradients:
         without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
         assert without == []
 
-    @pytest.mark.parametrize('kwargs', [{}, dict(frozen_stages=2), dict(drop_path_rate=0.5)])
+    @pytest.mark.parametrize(
+        'kwargs',
+        [
+            {},
+            dict(frozen_stages=2),
+            dict(drop_path_rate=0.5),
+            dict(norm_cfg=dict(type='BN', track_running_stats=False)),
+        ],
+    )
     def test_recomputation_gives_the_same_gradients_and_statistics(self, kwargs: dict[str, Any]) -> None:
         results = []
         for with_cp in (False, True):

@@ -24,10 +24,15 @@ def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.setattr(sys, 'path', list(sys.path))  # runtime adds to it
     monkeypatch.delenv('LOCAL_RANK', raising=False)
+
+    def forget():
+        for name in ('runtime', 'train', 'test'):
+            if str(ROOT) in str(getattr(sys.modules.get(name), '__file__', '')):
+                del sys.modules[name]
+
+    forget()
     yield importlib.import_module
-    for name in ('runtime', 'train', 'test'):
-        if str(ROOT) in str(getattr(sys.modules.get(name), '__file__', '')):
-            del sys.modules[name]
+    forget()
 
 
 @pytest.fixture

@@ -46,9 +46,14 @@ class Missing(NamedTuple):
     path: str
 
 
+def local_rank() -> int:
+    """The number of this process on its machine, as torchrun or SLURM tell it."""
+    return int(os.environ.get('SLURM_LOCALID') or os.environ.get('LOCAL_RANK') or 0)
+
+
 def fail(message: str) -> NoReturn:
     """End the program with a message instead of a traceback, from one process of a machine."""
-    if os.environ.get('LOCAL_RANK', '0') != '0':
+    if local_rank() != 0:
         # A launcher ends all processes once one has failed: let that be the one that explains.
         time.sleep(10)
         raise SystemExit(1)
@@ -57,7 +62,7 @@ def fail(message: str) -> NoReturn:
 
 def note(message: str) -> None:
     """Print a line from one process of a machine."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
+    if local_rank() == 0:
         print(message, flush=True)
 
 

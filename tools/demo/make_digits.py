@@ -154,7 +154,7 @@ def make_classification(out: Path, name: str, split: dict[str, Any], copies: int
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', type=Path, help='folder to write `coco/` and `folders/` to')
+    parser.add_argument('out', type=Path, help='folder whose `coco/` and `folders/` are written anew')
     parser.add_argument('--scenes', type=int, default=2400, help='training scenes')
     parser.add_argument('--val-scenes', type=int, default=200, help='validation scenes')
     parser.add_argument('--copies', type=int, default=4, help='images of a training digit')
@@ -165,7 +165,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     splits = load_splits(args.seed)
-    part = args.out.with_name(args.out.name + '.part')  # a data set is there whole or not at all
+    part = args.out.with_name(args.out.name + '.part')  # each is there whole or not at all
     shutil.rmtree(part, ignore_errors=True)
     for name, scenes, copies, seed in (
         ('train', args.scenes, args.copies, args.seed + 1),
@@ -173,8 +173,11 @@ def main() -> None:
     ):
         make_detection(part / 'coco', name, splits[name], scenes, seed)
         make_classification(part / 'folders', name, splits[name], copies, seed + 2)
-    shutil.rmtree(args.out, ignore_errors=True)
-    part.rename(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ('coco', 'folders'):
+        shutil.rmtree(args.out / name, ignore_errors=True)
+        (part / name).rename(args.out / name)
+    part.rmdir()
     print(f'{args.out}: {args.scenes} + {args.val_scenes} scenes, digits in folders')
 
 

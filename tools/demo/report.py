@@ -24,17 +24,18 @@ SCORE = 0.4  # predictions below are not drawn
 COLOURS = plt.get_cmap('tab10').colors
 
 
-def read_log(work_dir: Path, train_keys: Sequence[str], val_keys: Sequence[str]) -> dict[str, Any]:
-    """Curves of a training run, also one that was interrupted: key -> list of (step, value)."""
+def read_log(work_dir: Path, train_key: str, val_keys: Sequence[str]) -> dict[str, Any]:
+    """Curves of a training run, also one that was interrupted: key -> list of (training step, value)."""
     lines: list[dict[str, Any]] = []
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
         lines += [json.loads(line) for line in file.read_text().splitlines()]
-    curves: dict[str, Any] = {}
-    for keys, is_val in ((train_keys, False), (val_keys, True)):
-        for key in keys:
-            # a resumed run repeats steps after its last checkpoint: the later value counts
-            values = {x['step']: x[key] for x in lines if key in x and ('lr' not in x) == is_val}
-            curves[key] = sorted(values.items())
+    # a resumed run repeats the steps after its last checkpoint: the later value counts
+    train = {x['step']: x for x in lines if train_key in x}
+    curves = {train_key: [(step, train[step][train_key]) for step in sorted(train)]}
+    steps_an_epoch = max(train) / train[max(train)]['epoch']
+    for key in val_keys:  # a validation logs the epoch as its step
+        values = {x['step']: x[key] for x in lines if key in x}
+        curves[key] = [(epoch * steps_an_epoch, values[epoch]) for epoch in sorted(values)]
     return curves
 
 
@@ -105,17 +106,10 @@ def draw_curves(path: Path, classify: dict[str, Any], detect: dict[str, Any]) ->
         ax.plot(*zip(*curves['loss']), color='0.45', label='training loss')
         ax.set(title=title, xlabel='step', ylabel='training loss', ylim=(0, None))
         right = ax.twinx()
-        # a validation log counts epochs; spread them over the steps
-        last_step, last_epoch = curves['loss'][-1][0], curves[metrics[0][0]][-1][0]
         for (key, label, factor), colour in zip(metrics, ('tab:blue', 'tab:orange')):
-            epochs, values = np.array(curves[key]).T
-            right.plot(
-                epochs * last_step / last_epoch,
-                values * factor,
-                'o-',
-                color=colour,
-                label=label,
-            )
+            if curves[key]:
+                steps, values = np.array(curves[key]).T
+                right.plot(steps, values * factor, 'o-', color=colour, label=label)
         right.set(ylabel='held-out split', ylim=(0, 100))
         handles = [h for a in (ax, right) for h in a.get_lines()]
         ax.legend(handles, [h.get_label() for h in handles], loc='center right', frameon=False)
@@ -125,6 +119,17 @@ def draw_curves(path: Path, classify: dict[str, Any], detect: dict[str, Any]) ->
     plt.close(fig)
 
 
+def read_metrics(work_dir: Path) -> dict[str, float]:
+    """What the last run of tools/test.py in a folder measured."""
+    return json.loads(sorted(work_dir.glob('*/*.json'))[-1].read_text())
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f'{len(os.sched_getaffinity(0))} CPU cores'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('out', type=Path, help="the demo's work folder")
@@ -132,26 +137,26 @@ def main() -> None:
     args = parser.parse_args()
     out: Path = args.out
 
-    classify = read_log(out / 'classify', ['loss'], ['accuracy/top1'])
-    detect = read_log(out / 'detect', ['loss'], ['coco/bbox_mAP', 'coco/bbox_mAP_50'])
-    metrics = json.loads(sorted((out / 'test').glob('*/*.json'))[-1].read_text())
+    classify = read_log(out / 'classify', 'loss', ['accuracy/top1'])
+    detect = read_log(out / 'detect', 'loss', ['coco/bbox_mAP', 'coco/bbox_mAP_50'])
+    metrics = read_metrics(out / 'test-detect')
+    top1 = read_metrics(out / 'test-classify')['accuracy/top1']
     steps = json.loads((out / 'steps.json').read_text())
+    seconds = {name: step['seconds'] for name, step in steps.items() if name != 'report'}
 
     coco = COCO(str(args.data / 'coco/annotations/val.json'))
-    found = coco.loadRes(str(out / 'test/predictions.bbox.json'))
-    ap50, top1 = metrics['coco/bbox_mAP_50'], classify['accuracy/top1'][-1][1]
+    found = coco.loadRes(str(out / 'test-detect/predictions.bbox.json'))
+    ap50 = metrics['coco/bbox_mAP_50']
     title = f'RetinaNet on EMOv2-1M: box AP50 {ap50:.2f} on {len(coco.imgs)} scenes of held-out digits'
     draw_predictions(out / 'predictions.png', coco, found, args.data / 'coco/val', title)
     draw_curves(out / 'curves.png', classify, detect)
 
-    seconds = {name: step['seconds'] for name, step in steps.items() if name != 'report'}
     summary = '\n'.join(
         [
             f'EMOv2-1M classifies held-out digits: top-1 {top1:.1f} %',
             f'RetinaNet on EMOv2-1M finds held-out digits: box AP {metrics["coco/bbox_mAP"]:.3f}, '
             f'AP50 {ap50:.3f}',
-            f'training took {(seconds["classify"] + seconds["detect"]) / 60:.1f} minutes on '
-            f'{os.cpu_count()} cores',
+            f'training took {(seconds["classify"] + seconds["detect"]) / 60:.1f} minutes on {device()}',
             f'pictures: {out}/predictions.png {out}/curves.png',
             f'figures:  {out}/results.json',
         ]

@@ -7,6 +7,7 @@ interrupted one goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -15,8 +16,9 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple, TextIO
 
 from mmengine.config import Config
 from rich.console import Console
@@ -42,9 +44,12 @@ class Step(NamedTuple):
     made: list[Path]  # removed before the step is begun anew
 
 
+def last_checkpoint(config: str, work_dir: Path) -> str:
+    return str(work_dir / f'epoch_{Config.fromfile(config).train_cfg.max_epochs}.pth')
+
+
 def make_steps() -> list[Step]:
     classify, detect = OUT / 'classify', OUT / 'detect'
-    epochs = Config.fromfile(DETECT).train_cfg.max_epochs
     return [
         Step(
             'data',
@@ -52,7 +57,7 @@ def make_steps() -> list[Step]:
             0.2,
             ['tools/demo/make_digits.py', str(DATA)],
             ['tools/demo/make_digits.py'],
-            [DATA],
+            [DATA / 'coco', DATA / 'folders'],
         ),
         Step(
             'classify',
@@ -71,14 +76,23 @@ def make_steps() -> list[Step]:
             [detect],
         ),
         Step(
-            'test',
-            'evaluate it on held-out digits (CocoMetric of pycocotools)',
-            0.5,
-            ['tools/test.py', DETECT, str(detect / f'epoch_{epochs}.pth')]
-            + ['--work-dir', str(OUT / 'test')]
-            + ['--cfg-options', f'test_evaluator.outfile_prefix={OUT}/test/predictions'],
+            'test-classify',
+            'evaluate the classifier on held-out digits',
+            0.2,
+            ['tools/test.py', CLASSIFY, last_checkpoint(CLASSIFY, classify)]
+            + ['--work-dir', str(OUT / 'test-classify')],
             [],
-            [OUT / 'test'],
+            [OUT / 'test-classify'],
+        ),
+        Step(
+            'test-detect',
+            'evaluate the detector on held-out digits (CocoMetric of pycocotools)',
+            0.3,
+            ['tools/test.py', DETECT, last_checkpoint(DETECT, detect)]
+            + ['--work-dir', str(OUT / 'test-detect')]
+            + ['--cfg-options', f'test_evaluator.outfile_prefix={OUT}/test-detect/predictions'],
+            [],
+            [OUT / 'test-detect'],
         ),
         Step(
             'report',
@@ -86,7 +100,7 @@ def make_steps() -> list[Step]:
             0.2,
             ['tools/demo/report.py', str(OUT), '--data', str(DATA)],
             ['tools/demo/report.py'],
-            [],
+            [OUT / 'predictions.png', OUT / 'curves.png', OUT / 'results.json'],
         ),
     ]
 
@@ -106,8 +120,9 @@ class Record:
         self.path = path
         self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def save(self, name: str, **values: Any) -> None:
-        self.steps[name] = values
+    def save(self, name: str, fingerprint: str, begun: float, finished: bool = False) -> None:
+        seconds = round(time.monotonic() - begun, 1)
+        self.steps[name] = dict(fingerprint=fingerprint, finished=finished, seconds=seconds)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix('.part')
         part.write_text(json.dumps(self.steps, indent=2))
@@ -128,56 +143,87 @@ def progress_of(line: str) -> str:
     return ', '.join(parts)
 
 
-def execute(step: Step, console: Console) -> None:
-    """Run a step with its output in a log file, showing how far it is."""
+def execute(step: Step, console: Console, lock: TextIO, tick: Callable[[], None]) -> None:
+    """Run a step with its output in a log file, showing how far it is; ``tick`` at each sign of life."""
     log = OUT / 'logs' / f'{step.name}.log'
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *step.command]
     shown = time.monotonic()
     with log.open('a') as file, console.status('starting') as status:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace'
+            [sys.executable, *step.command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+            pass_fds=[lock.fileno()],  # should this process be killed, the child still holds the lock
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            text = progress_of(line)
-            if text:
-                status.update(text)
-                if not console.is_terminal and time.monotonic() - shown > 20:
-                    console.print(f'      {text}')
-                    shown = time.monotonic()
-        code = process.wait()
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                text = progress_of(line)
+                if text:
+                    tick()
+                    status.update(text)
+                    if not console.is_terminal and time.monotonic() - shown > 20:
+                        console.print(f'      {text}')
+                        shown = time.monotonic()
+            code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
     if code:
         tail = ''.join(log.read_text(errors='replace').splitlines(keepends=True)[-15:])
         raise SystemExit(f'{tail}\nerror: step {step.name!r} failed with code {code}; whole log: {log}')
 
 
-def run_steps(steps: list[Step], record: Record, console: Console) -> None:
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def hold_lock(console: Console) -> TextIO:
+    """Wait until no other demo, nor what a killed one left running, is at work here."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    lock = (OUT / 'lock').open('w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        console.print('another demo, or a step that a killed one left, is at work here: waiting for it')
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def run_steps(steps: list[Step], console: Console) -> None:
     """Run the steps that are not done, or done with other inputs; all that follow one, too."""
+    lock = hold_lock(console)
+    record = Record(OUT / 'steps.json')
     before = ''
     for number, step in enumerate(steps, 1):
         before = fingerprint(step, before)
         done = record.steps.get(step.name, {})
         mark = f'[{number}/{len(steps)}] {step.title}'
-        if done.get('fingerprint') != before:  # new, or its inputs have changed
+        if done.get('finished') and not all(path.exists() for path in step.made):
+            done = {}
+        if done.get('fingerprint') != before:  # new, lost, or its inputs have changed
             done = {}
             for path in step.made:
-                shutil.rmtree(path, ignore_errors=True)
-        if done.get('finished') and all(path.exists() for path in step.made):
+                remove(path)
+        if done.get('finished'):
             console.print(f'{mark}: done before', markup=False)
             continue
         console.print(f'{mark} (about {step.minutes:g} min on 2 cores)', markup=False)
-        spent = done.get('seconds', 0.0)
-        start = time.monotonic()
-        record.save(step.name, fingerprint=before, finished=False, seconds=spent)
+        begun = time.monotonic() - done.get('seconds', 0.0)
+        save = partial(record.save, step.name, before, begun)
+        save()
         try:
-            execute(step, console)
+            execute(step, console, lock, tick=save)
         finally:
-            seconds = round(spent + time.monotonic() - start, 1)
-            record.save(step.name, fingerprint=before, finished=False, seconds=seconds)
-        record.save(step.name, fingerprint=before, finished=True, seconds=seconds)
+            save()
+        save(finished=True)
 
 
 def main() -> None:
@@ -187,11 +233,10 @@ def main() -> None:
     parser.add_argument('--again', action='store_true', help='do all steps again')
     args = parser.parse_args()
 
-    record = Record(OUT / 'steps.json')
     if args.again:
-        record.steps.clear()
+        remove(OUT / 'steps.json')
     console = Console(highlight=False, soft_wrap=True)
-    run_steps(make_steps(), record, console)
+    run_steps(make_steps(), console)
     results = json.loads((OUT / 'results.json').read_text())
     console.print(results['summary'], markup=False)
 

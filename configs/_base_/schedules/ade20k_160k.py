@@ -2,7 +2,11 @@
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1.2e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(head=dict(lr_mult=10.0))),
+    # a custom key puts the other rules aside, so the norms of the heads have one, too
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={'head': dict(lr_mult=10.0), '.bn.': dict(lr_mult=10.0, decay_mult=0.0)},
+    ),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
