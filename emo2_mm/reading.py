@@ -172,6 +172,7 @@ ALLOWED = {
     '_codecs.encode': _Dropped,
     'collections.Counter': _Dropped,  # a MultiStepLR of MMEngine or torch
     'argparse.Namespace': _Dropped,  # timm's arguments
+    '__builtin__.set': _Dropped,
     'builtins.set': _Dropped,
     'pathlib.PosixPath': _Dropped,
     'torch.device': _Dropped,
