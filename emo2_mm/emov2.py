@@ -39,6 +39,21 @@ def channels_first(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def build_stem(in_channels: int, channels: int, norm_cfg: dict[str, Any]) -> nn.Sequential:
+    """Map an image (B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(in_channels, channels, 3, stride=2, padding=1),
+            norm=build_batch_norm(norm_cfg, channels),
+            act=nn.SiLU(),
+            depthwise=DepthwiseConv2d(channels, 3),
+            depthwise_norm=build_batch_norm(norm_cfg, channels),
+            depthwise_act=nn.SiLU(),
+            project=nn.Conv2d(channels, channels, 1, bias=False),
+        )
+    )
+
+
 class DropPath(nn.Module):
     """Drop a residual branch for whole samples at random (stochastic depth, arXiv 1603.09382)."""
 
@@ -63,40 +78,44 @@ class I2RMB(nn.Module):
         │                  └──────── unless stride 2 ─┘                                       │
         └──────────────────────────────────────────────────────────────── unless stride 2 ────┘
 
-    ``expand`` is a linear layer and an activation, or, where the block attends, :class:`SEWMHSA`.
+    The norm is a batch norm and the activation of a linear ``expand`` SiLU; in a stage that attends they are
+    layer norm and GELU, and ``expand`` is :class:`SEWMHSA` in all blocks but the first.
 
     Args:
         in_channels: Channels of the input.
-        mid_channels: Channels between ``expand`` and ``project``.
         out_channels: Channels of the output; equal to ``in_channels`` when ``stride`` is 1.
+        expand_ratio: Channels between ``expand`` and ``project``, relative to the input.
         stride: 2 for the first block of a stage, which has no residual, else 1.
-        norm: The norm before the expansion: batch norm, or layer norm in the stages that attend.
-        act: Activation after a linear expansion.
-        attention: Expands instead of a linear layer when given.
-        norm_cfg: Batch norm after the depth-wise convolution.
+        attends: Whether the block belongs to a stage that attends.
+        head_dim: Channels of one attention head of q and k.
+        window_size: Side of an attention window, in tokens.
         drop_path_rate: Probability to drop the residual branch.
         layer_scale_init_value: Initial factor on the branch.
+        norm_cfg: The batch norms.
     """
 
     def __init__(
         self,
         in_channels: int,
-        mid_channels: int,
         out_channels: int,
+        expand_ratio: float,
         stride: int,
-        norm: nn.Module,
-        act: nn.Module,
-        attention: SEWMHSA | None,
-        norm_cfg: dict[str, Any],
+        attends: bool,
+        head_dim: int,
+        window_size: int,
         drop_path_rate: float,
         layer_scale_init_value: float,
+        norm_cfg: dict[str, Any],
     ) -> None:
         super().__init__()
+        mid_channels = int(in_channels * expand_ratio)
         self.residual = stride == 1
-        self.norm = norm
-        self.expand = attention or nn.Sequential(
-            OrderedDict(linear=nn.Linear(in_channels, mid_channels), act=act)
-        )
+        self.norm = nn.LayerNorm(in_channels, EPS) if attends else build_batch_norm(norm_cfg, in_channels)
+        if attends and self.residual:
+            self.expand = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
+        else:
+            linear = nn.Linear(in_channels, mid_channels)
+            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else nn.SiLU()))
         self.depthwise = DepthwiseConv2d(mid_channels, 5, stride)
         self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
         self.depthwise_act = nn.SiLU()
@@ -210,67 +229,49 @@ class EMOv2(BaseModule):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        settings = self._check_arch(arch)
-        depths, channels = settings['depths'], settings['channels']
+        arch = self._check_arch(arch)
         out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        self.out_indices = out_indices
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
             raise ValueError(f'out_indices is {out_indices}; give rising numbers out of 0, 1, 2, 3')
-        num_stages = self.out_indices[-1] + 1
+        num_stages = out_indices[-1] + 1
         if frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(
-                f'frozen_stages is {frozen_stages}; out_indices={self.out_indices} builds '
+                f'frozen_stages is {frozen_stages}; out_indices={out_indices} builds '
                 f'{num_stages} stages: give -1 (none), 0 (stem) to {num_stages}'
             )
         if not isinstance(window_size, int) or window_size < 1:
             raise ValueError(f'window_size is {window_size}; give a positive number of tokens')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate is {drop_path_rate}; give a rate from 0 to below 1')
+        self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
 
-        width = channels[0] // 2
-        self.stem = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, width, 3, stride=2, padding=1),
-                norm=build_batch_norm(norm_cfg, width),
-                act=nn.SiLU(),
-                depthwise=DepthwiseConv2d(width, 3),
-                depthwise_norm=build_batch_norm(norm_cfg, width),
-                depthwise_act=nn.SiLU(),
-                project=nn.Conv2d(width, width, 1, bias=False),
-            )
-        )
-
-        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        width = arch['channels'][0] // 2
+        self.stem = build_stem(in_channels, width, norm_cfg)
+        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(arch['depths'])).tolist())
         self.stages = nn.ModuleList()
         for i in range(num_stages):
-            blocks = []
-            for j in range(depths[i]):
-                first = j == 0  # halves the resolution, expands twice as wide and never attends
-                ratio = settings['expand_ratios'][i] * (2 if first else 1)
-                mid = int(width * ratio)
-                attends = STAGE_ATTENDS[i]
-                blocks.append(
+            stage = nn.Sequential()
+            for j in range(arch['depths'][i]):
+                first = j == 0  # halves the resolution and expands twice as wide
+                stage.append(
                     I2RMB(
-                        in_channels=width,
-                        mid_channels=mid,
-                        out_channels=channels[i],
+                        in_channels=width if first else arch['channels'][i],
+                        out_channels=arch['channels'][i],
+                        expand_ratio=arch['expand_ratios'][i] * (2 if first else 1),
                         stride=2 if first else 1,
-                        norm=nn.LayerNorm(width, EPS) if attends else build_batch_norm(norm_cfg, width),
-                        act=nn.GELU() if attends else nn.SiLU(),
-                        attention=SEWMHSA(width, mid, settings['head_dim'], window_size)
-                        if attends and not first
-                        else None,
-                        norm_cfg=norm_cfg,
+                        attends=STAGE_ATTENDS[i],
+                        head_dim=arch['head_dim'],
+                        window_size=window_size,
                         drop_path_rate=next(drop_path_rates),
                         layer_scale_init_value=layer_scale_init_value,
+                        norm_cfg=norm_cfg,
                     )
                 )
-                width = channels[i]
-            self.stages.append(nn.Sequential(*blocks))
-
+            self.stages.append(stage)
+            width = arch['channels'][i]
         self.norm = nn.LayerNorm(width, EPS) if final_norm else None
         self._freeze()
 
@@ -284,11 +285,11 @@ class EMOv2(BaseModule):
         if not isinstance(arch, dict) or set(arch) != keys:
             raise ValueError(f'arch is {arch}; a dict has exactly the keys {sorted(keys)}')
         for key in ('depths', 'channels', 'expand_ratios'):
-            if len(arch[key]) != 4:
-                raise ValueError(f'arch[{key!r}] is {arch[key]}; give four values, one a stage')
+            if len(arch[key]) != 4 or min(arch[key]) <= 0:
+                raise ValueError(f'arch[{key!r}] is {arch[key]}; give four positive values, one a stage')
         for channels, ratio, attends in zip(arch['channels'], arch['expand_ratios'], STAGE_ATTENDS):
-            heads, rest = divmod(channels, arch['head_dim'])
-            if attends and (rest or int(channels * ratio) % heads):
+            heads, rest = divmod(channels, max(arch['head_dim'], 1))
+            if attends and (arch['head_dim'] < 1 or rest or int(channels * ratio) % heads):
                 raise ValueError(
                     f'a stage of {channels} channels and expand ratio {ratio} does not divide into '
                     f"heads of {arch['head_dim']}; change arch['channels'], ['expand_ratios'] or ['head_dim']"

@@ -140,6 +140,8 @@ class TestArguments:
             (dict(arch='3m'), r"arch is '3m'; give one of \['1m', '2m', '5m', '20m', '50m'\]"),
             (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly the keys'),
             (dict(arch=dict(TINY, depths=(1, 1))), r"arch\['depths'\] is \(1, 1\)"),
+            (dict(arch=dict(TINY, depths=(1, 0, 1, 1))), 'four positive values'),
+            (dict(arch=dict(TINY, head_dim=0)), 'heads of 0'),
             (dict(arch=dict(TINY, head_dim=7)), 'does not divide into heads of 7'),
             (dict(arch=dict(TINY, expand_ratios=(2, 2, 2, 2.1))), 'does not divide into heads'),
             (dict(out_indices=(4,)), r'out_indices is \(4,\)'),

@@ -62,7 +62,7 @@ def make_steps() -> list[Step]:
         Step(
             'classify',
             'EMOv2-1M learns to classify them (MMPretrain)',
-            2,
+            1.5,
             ['tools/train.py', CLASSIFY, '--work-dir', str(classify), '--resume'],
             [CLASSIFY],
             [classify],
