@@ -52,18 +52,18 @@ class _ForwardKernelsOnly(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, groups = ctx.stride, weight.shape[-1] // 2, len(weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        x_dtype, x, w = x.dtype, x.to(grad.dtype), weight.to(grad.dtype)  # differ under autocast
+        x, w = x.to(grad.dtype), weight.to(grad.dtype)  # they differ under autocast
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
             # grad_weight alone: oneDNN's kernel for it is good
             grad_weight = torch.ops.aten.convolution_backward(
                 grad, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
                 [False, True, False],
-            )[1].to(weight.dtype)  # fmt: skip
+            )[1]  # fmt: skip
         if ctx.needs_input_grad[0]:
             if stride > 1:
                 spread = torch.zeros_like(x, memory_format=torch.channels_last)
                 spread[:, :, ::stride, ::stride] = grad
                 grad = spread
-            grad_x = F.conv2d(grad, w.flip(2, 3), None, 1, padding, groups=groups).to(x_dtype)
+            grad_x = F.conv2d(grad, w.flip(2, 3), None, 1, padding, groups=groups)
         return grad_x, grad_weight, None
