@@ -22,7 +22,7 @@ help:
 	@echo 'make test      lint and the fast tests; with SLOW=1, or make test-all, the slow ones, too'
 	@echo 'make lint      ruff, codespell (through pre-commit)'
 	@echo 'make format    let ruff mend what it can'
-	@echo 'make clean     remove $(VENV), caches and build products; work_dirs stays'
+	@echo 'make clean     remove $(VENV), caches and build products; data and results stay'
 	@echo
 	@echo 'Variables: STACK=$(STACK) (known: $(STACKS)), PYTHON=path of a Python 3.8 - 3.11, GPU=0 to do without one,'
 	@echo '           JOBS=$(JOBS) test processes, ARGS=more arguments for pytest or the demo'

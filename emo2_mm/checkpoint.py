@@ -81,7 +81,7 @@ def find_state_dict(content: Any) -> Weights:
     candidates = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
     for candidate in [*candidates, content]:
         weights = {
-            re.sub(r'^(module\.)+', '', name): value
+            re.sub(r'^((module|_orig_mod)\.)+', '', name): value
             for name, value in candidate.items()
             if isinstance(name, str) and isinstance(value, Tensor)
         }
@@ -91,7 +91,7 @@ def find_state_dict(content: Any) -> Weights:
         raise ValueError(f'it holds no weights; its keys are: {_some(content)}')
     if any(name.startswith('backbone.') for name in weights):
         weights = {
-            re.sub(r'^backbone\.', '', name): value
+            re.sub(r'^backbone\.((module|_orig_mod)\.)*', '', name): value
             for name, value in weights.items()
             if name.startswith(('backbone.', 'head.fc.'))
         }

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)  # torch 2.1 has the latter
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """Depth-wise convolution with an odd kernel, "same" padding and no bias.
@@ -35,7 +37,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if x.device.type == 'cpu' and x.requires_grad and not torch.jit.is_tracing():
+        traced = torch.jit.is_tracing() or is_compiling()
+        if x.device.type == 'cpu' and x.requires_grad and not traced:
             return _ForwardKernelsOnly.apply(x, self.weight, self.stride[0])
         return super().forward(x)
 

@@ -304,7 +304,12 @@ class EMOv2(BaseModule):
 
         Returns:
             For each of ``out_indices`` a map of shape (B, channels, ceil(H / stride), ceil(W / stride)).
+
+        Raises:
+            ValueError: If ``x`` is not a batch of images.
         """
+        if x.ndim != 4:
+            raise ValueError(f'images have the shape {tuple(x.shape)}; give (B, C, H, W)')
         x = self.stem(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
         outs = []
         for i, stage in enumerate(self.stages):

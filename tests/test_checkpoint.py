@@ -126,6 +126,7 @@ KINDS = {
         'state_dict_ema': p,
         'args': argparse.Namespace(lr=1.0),
     },
+    'compiled': lambda p, r: {'state_dict': prefixed('_orig_mod.backbone.module.', r)},
     'other harmless things beside': lambda p, r: {
         'state_dict': p,
         'size': torch.Size([3, 224]),

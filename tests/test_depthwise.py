@@ -59,3 +59,12 @@ def test_a_model_with_gradients_can_be_traced() -> None:
     """As the FLOPs counters of the code bases do."""
     conv, x = DepthwiseConv2d(4, 5), torch.randn(1, 4, 8, 8, requires_grad=True)
     assert torch.equal(torch.jit.trace(conv, x)(x), conv(x))
+
+
+def test_a_compiled_graph_holds_the_plain_convolution() -> None:
+    torch.manual_seed(0)
+    conv, x = DepthwiseConv2d(4, 5), torch.randn(1, 4, 8, 8, requires_grad=True)
+    y = torch.compile(conv, backend='eager', fullgraph=True)(x)
+    assert torch.equal(y, conv(x))
+    assert 'Convolution' in type(y.grad_fn).__name__
+    assert 'ForwardKernelsOnly' in type(conv(x).grad_fn).__name__

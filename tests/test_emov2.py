@@ -110,10 +110,10 @@ class TestForward:
         model = tiny(drop_path_rate=0.9)
         block = model.stages[3][1]
         assert block.drop_path.rate == pytest.approx(0.9)
-        x = torch.rand(16, 4, 4, 24)
+        x = torch.rand(64, 4, 4, 24)
         torch.manual_seed(0)
         unchanged = [torch.equal(a, b) for a, b in zip(block.train()(x), x)]
-        assert 8 <= sum(unchanged) < 16
+        assert 40 <= sum(unchanged) < 64
         assert not any(torch.equal(a, b) for a, b in zip(block.eval()(x), x))
 
     def test_kept_samples_are_scaled_so_that_the_mean_stays(self) -> None:
@@ -161,6 +161,10 @@ class TestArguments:
     def test_a_wrong_one_is_named(self, kwargs: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             EMOv2(**kwargs)
+
+    def test_an_image_without_a_batch_is_named(self) -> None:
+        with pytest.raises(ValueError, match=r'the shape \(3, 32, 32\); give \(B, C, H, W\)'):
+            tiny()(torch.rand(3, 32, 32))
 
     def test_one_index_may_stand_alone(self) -> None:
         assert [tuple(m.shape) for m in tiny(out_indices=2)(torch.rand(2, 3, 32, 32))] == [(2, 16, 2, 2)]

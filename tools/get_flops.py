@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
 
+import emo2_mm  # noqa: E402, F401  # a config may say type='EMOv2' then
+
 EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg'}
 
 
@@ -208,8 +210,8 @@ def parse_args() -> argparse.Namespace:
         '--shape',
         type=int,
         nargs='+',
-        metavar=('H', 'W'),
-        help="image height and width (or one number for both); the published tables' by default",
+        metavar='N',
+        help="height and width of the image, or one number for both; the published tables' by default",
     )
     parser.add_argument('--json', action='store_true', help='print one line of JSON instead')
     parser.add_argument(

@@ -213,6 +213,12 @@ cached_wheel() { # print the path of the cached wheel for this machine, if there
     return 1
 }
 
+check_libraries() { # OpenCV needs them; better said before minutes of downloads and compilation
+    "$python" -c 'import ctypes; [ctypes.CDLL(n) for n in ("libGL.so.1", "libgthread-2.0.so.0")]' 2>/dev/null ||
+        die 'OpenCV needs libGL.so.1 and libgthread-2.0.so.0, which are missing.' \
+            'Debian, Ubuntu: apt-get install libgl1 libglib2.0-0      Fedora: dnf install mesa-libGL glib2'
+}
+
 choose_wheel() { # set $source_of_wheel; a build that cannot work is refused before anything is fetched
     local missing='' name
     if cached_wheel >/dev/null; then
@@ -255,6 +261,13 @@ build_wheel() {
         --no-binary "$mmcv" -w "$scratch" "$mmcv==$mmcv_version"
 }
 
+keep_wheel() {
+    mkdir -p "$cache"
+    cp "$1" "$cache/.new.$$"
+    mv "$cache/.new.$$" "$cache/${1##*/}" # whole or not at all
+    echo "      kept for other checkouts: $cache/${1##*/}"
+}
+
 # Install mmcv from the first source that gives working operators: cache, OpenMMLab's index, own build.
 install_mmcv() {
     local wheel
@@ -284,6 +297,7 @@ install_mmcv() {
             echo "      compiling $mmcv $mmcv_version for $flavour; log: $log"
             build_wheel || failed "$mmcv $mmcv_version could not be compiled"
             wheel=$(echo "$scratch/"*.whl)
+            keep_wheel "$wheel" # minutes of work: at once, whatever comes; one that does not work is discarded later
             ;;
         esac
         watch 5 pip uninstall -y "$mmcv" || true
@@ -307,12 +321,7 @@ install_mmcv() {
         build) failed "the operators of $mmcv $mmcv_version as compiled here do not work" ;;
         esac
     done
-    if [ "$source_of_wheel" != cache ]; then
-        mkdir -p "$cache"
-        cp "$wheel" "$cache/.new.$$"
-        mv "$cache/.new.$$" "$cache/${wheel##*/}" # whole or not at all
-        echo "      kept for other checkouts: $cache/${wheel##*/}"
-    fi
+    [ "$source_of_wheel" != prebuilt ] || keep_wheel "$wheel"
     rm -rf "$scratch"
     scratch=
 }
@@ -417,6 +426,7 @@ declare -A titles=(
 declare -A expected=([venv]=15 [torch]=120 [mmcv]=40 [rest]=60 [self]=10 [proof]=20)
 case " ${todo[*]} " in
 *' mmcv '*)
+    check_libraries
     choose_wheel
     [ "$source_of_wheel" != build ] || expected[mmcv]=$((700 / $(nproc) + 90))
     ;;

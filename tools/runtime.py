@@ -47,8 +47,8 @@ class Missing(NamedTuple):
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, as torchrun or SLURM tell it."""
-    return int(os.environ.get('SLURM_LOCALID') or os.environ.get('LOCAL_RANK') or 0)
+    """The number of this process on its machine."""
+    return int(os.environ.get('LOCAL_RANK', 0))
 
 
 def fail(message: str) -> NoReturn:
@@ -90,13 +90,15 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         help='what started the processes',
     )
     # torch.distributed.launch gives the one or the other spelling, depending on its version
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
     return parser
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config file and merge into it what :func:`new_parser` defines."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    names = dict(slurm='SLURM_LOCALID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
+    number = os.environ.get(names.get(args.launcher, ''), str(args.local_rank))
+    os.environ.setdefault('LOCAL_RANK', number)
     path = Path(args.config).expanduser()
     if not path.is_file():
         fail(f'no config file {args.config}; looked at {path.absolute()}')

@@ -53,6 +53,7 @@ def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[tuple[Any, int, str]
             fontsize=8,
             color='white',
             va='bottom',
+            clip_on=True,
             bbox=dict(facecolor=colour, edgecolor='none', pad=1.2),
         )
 

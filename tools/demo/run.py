@@ -197,9 +197,11 @@ def hold_lock(console: Console) -> TextIO:
     return lock
 
 
-def run_steps(steps: list[Step], console: Console) -> None:
+def run_steps(steps: list[Step], console: Console, again: bool = False) -> None:
     """Run the steps that are not done, or done with other inputs; all that follow one, too."""
     lock = hold_lock(console)
+    if again:
+        remove(OUT / 'steps.json')
     record = Record(OUT / 'steps.json')
     before = ''
     for number, step in enumerate(steps, 1):
@@ -233,10 +235,8 @@ def main() -> None:
     parser.add_argument('--again', action='store_true', help='do all steps again')
     args = parser.parse_args()
 
-    if args.again:
-        remove(OUT / 'steps.json')
     console = Console(highlight=False, soft_wrap=True)
-    run_steps(make_steps(), console)
+    run_steps(make_steps(), console, args.again)
     results = json.loads((OUT / 'results.json').read_text())
     console.print(results['summary'], markup=False)
 
