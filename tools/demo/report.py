@@ -46,14 +46,15 @@ def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[tuple[Any, int, str]
     for (x, y, w, h), label, text in boxes:
         colour = COLOURS[label]
         ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=1.8))
+        at_right = x > 0.75 * image.width  # the label stays within the picture
         ax.text(
-            x,
-            max(y - 2, 9),
+            x + w if at_right else x,
+            max(y - 2, 13),
             text,
             fontsize=8,
             color='white',
+            ha='right' if at_right else 'left',
             va='bottom',
-            clip_on=True,
             bbox=dict(facecolor=colour, edgecolor='none', pad=1.2),
         )
 
