@@ -238,7 +238,6 @@ def test_missing_pretrained(tool, tmp_path):
     [
         (['train.py', 'gone.py'], 'no config file gone.py; looked at {folder}/gone.py'),
         (['train.py', '{config}', '--resume', 'gone.pth'], 'no file {folder}/gone.pth'),
-        (['train.py', '{config}', '--amp'], '--amp needs a GPU'),
         (['test.py', '{config}', 'gone.pth'], 'the checkpoint is gone.pth'),
         (['test.py', '{config}', 'gone.pth', '--out', 'all.json'], 'ends in .pkl'),
         (['test.py', '{config}', '{config}', '--show'], "dict(type='DetVisualizationHook')"),
@@ -266,13 +265,13 @@ def new_args(**changes):
 def test_training_arguments(tool, monkeypatch):
     train = tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
-    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper'), load_from='old.pth', val_cfg={}))
+    cfg = Config(dict(model={}, optim_wrapper=dict(type='OptimWrapper'), load_from='old.pth', val_cfg={}))
     with pytest.raises(SystemExit, match='auto_scale_lr.base_batch_size=N'):
         train.apply_args(cfg, new_args(auto_scale_lr=True))
     cfg.auto_scale_lr = ConfigDict(base_batch_size=16)
     train.apply_args(cfg, new_args(auto_scale_lr=True, amp=True, no_validate=True))
     assert cfg.auto_scale_lr.enable
-    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper')
     assert cfg.val_cfg is None
     assert cfg.load_from == 'old.pth'
     train.apply_args(cfg, new_args(resume='auto'))
@@ -287,10 +286,20 @@ def test_training_arguments(tool, monkeypatch):
 def test_mixed_precision_config_on_cpu(tool, monkeypatch, capsys):
     train = tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
-    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad={})))
+    wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16', clip_grad={})
+    cfg = Config(dict(model={}, optim_wrapper=wrapper))
     train.apply_args(cfg, new_args())
     assert cfg.optim_wrapper == dict(type='OptimWrapper', clip_grad={})
     assert 'full precision' in capsys.readouterr().out
+    cfg.optim_wrapper.dtype = 'bfloat16'
+    train.apply_args(cfg, new_args(amp=True))
+    assert cfg.optim_wrapper == dict(type='Bfloat16OptimWrapper', clip_grad={})
+    assert capsys.readouterr().out == ''
+    cfg.optim_wrapper = wrapper
+    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
+    for amp in (False, True):
+        train.apply_args(cfg, new_args(amp=amp))
+        assert cfg.optim_wrapper == wrapper
 
 
 def test_common_arguments(tool, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ LAYOUTS = {
     '  PATH/annotations/training/*.png, PATH/annotations/validation/*.png',
 }
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # MMPretrain fetches these itself
+NO_BFLOAT16_NMS = 'the NMS of mmcv takes no bfloat16, which is meant without a GPU; leave --amp out'
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN')
 
 
@@ -75,7 +76,9 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         help='folder for logs, checkpoints and metrics '
         "(default: the config's work_dir, else ./work_dirs/NAME_OF_CONFIG)",
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--amp', action='store_true', help='automatic mixed precision; without a GPU, in bfloat16'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',

@@ -8,10 +8,12 @@ The config's ``default_scope`` tells the three apart.
 from __future__ import annotations
 
 import argparse
+import os
 from copy import deepcopy
 
 import runtime
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
@@ -49,7 +51,7 @@ def show(cfg: Config, args: argparse.Namespace) -> None:
     elif args.show_dir and cfg.default_scope == 'mmseg':
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
-        hook.test_out_dir = args.show_dir
+        hook.test_out_dir = os.path.abspath(args.show_dir)  # else it lies in the work dir
 
 
 def augment(cfg: Config) -> None:
@@ -57,6 +59,8 @@ def augment(cfg: Config) -> None:
     dataset = runtime.innermost(cfg.test_dataloader.dataset)
     pack = dict(dataset.pipeline[-1])
     if cfg.default_scope == 'mmdet':
+        if cfg.model.get('roi_head', {}).get('mask_head'):
+            runtime.fail('--tta: MMDetection cannot merge masks; leave --tta out')
         model = dict(
             type='DetTTAModel',
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
@@ -96,6 +100,8 @@ def main() -> None:
 
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.amp:
+        if cfg.get('default_scope') == 'mmdet' and get_device() == 'cpu':
+            runtime.fail(f'--amp: {runtime.NO_BFLOAT16_NMS}')
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:
         show(cfg, args)

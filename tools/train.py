@@ -8,10 +8,30 @@ The config's ``default_scope`` tells the three apart.
 from __future__ import annotations
 
 import argparse
+from contextlib import contextmanager
+from typing import Iterator
 
 import runtime
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner import autocast
+
+
+@OPTIM_WRAPPERS.register_module(force=True)
+class Bfloat16OptimWrapper(OptimWrapper):
+    """Mixed precision without a GPU, where AmpOptimWrapper refuses to work.
+
+    Bfloat16 has the range of float32, so that no loss scale is needed.
+    """
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        """Compute what autocast lists in bfloat16; weights and their gradients stay float32."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,18 +57,18 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 
-    full_precision_only = get_device() == 'cpu'
+    on_cpu = get_device() == 'cpu'
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if args.amp:
-        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'Bfloat16OptimWrapper'):
             runtime.fail(f'--amp goes with optim_wrapper.type OptimWrapper, which here is {kind!r}')
-        if full_precision_only:
-            runtime.fail('--amp needs a GPU; leave it out')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    elif full_precision_only and cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
+        if on_cpu and cfg.model.get('rpn_head'):
+            runtime.fail(f'--amp: {runtime.NO_BFLOAT16_NMS}')
+        cfg.optim_wrapper.type = 'Bfloat16OptimWrapper' if on_cpu else 'AmpOptimWrapper'
+    elif on_cpu and kind == 'AmpOptimWrapper':
         runtime.note('No GPU: training in full precision, not in the mixed one of the config.')
         cfg.optim_wrapper.type = 'OptimWrapper'
+    if on_cpu and (args.amp or kind == 'AmpOptimWrapper'):
         for name in ('loss_scale', 'dtype', 'use_fsdp'):
             cfg.optim_wrapper.pop(name, None)
 

@@ -75,5 +75,6 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(max_epochs=epochs)
+tta_pipeline = None  # its sizes are those of COCO
 default_hooks = dict(logger=dict(interval=10))
 randomness = dict(seed=0)
