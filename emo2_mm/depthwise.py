@@ -1,4 +1,4 @@
-"""Depth-wise convolution whose backward pass is fast on CPUs too."""
+"""Depth-wise convolution, alone and with what follows it in a block, as training on a CPU computes it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)  # torch 2.1 has the latter
+from .inference import SiLU
+from .modes import trains_on_cpu
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -37,10 +39,41 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        traced = torch.jit.is_tracing() or is_compiling()
-        if x.device.type == 'cpu' and x.requires_grad and not traced:
+        if trains_on_cpu(x):
             return _ForwardKernelsOnly.apply(x, self.weight, self.stride[0])
         return super().forward(x)
+
+
+def depthwise_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, of_x: bool = True, of_weight: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a depth-wise convolution's input and weight, of the dtype of ``grad``.
+
+    Args:
+        grad: Gradient of the output, of shape (B, C, H', W').
+        x: Input of shape (B, C, H, W).
+        weight: Weight of shape (C, 1, k, k).
+        stride: Stride of the convolution.
+        of_x: Whether the gradient of ``x`` is asked for. Defaults to True.
+        of_weight: Whether that of ``weight`` is. Defaults to True.
+    """
+    padding, groups = weight.shape[-1] // 2, len(weight)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    x, weight = x.to(grad.dtype), weight.to(grad.dtype)  # they differ under autocast
+    grad_x = grad_weight = None
+    if of_weight:
+        # grad_weight alone: oneDNN's kernel for it is good
+        grad_weight = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+    if of_x:
+        if stride > 1:
+            spread = torch.zeros_like(x, memory_format=torch.channels_last)
+            spread[:, :, ::stride, ::stride] = grad
+            grad = spread
+        grad_x = F.conv2d(grad, weight.flip(2, 3), None, 1, padding, groups=groups)
+    return grad_x, grad_weight
 
 
 class _ForwardKernelsOnly(torch.autograd.Function):
@@ -51,22 +84,88 @@ class _ForwardKernelsOnly(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        stride, padding, groups = ctx.stride, weight.shape[-1] // 2, len(weight)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        x, w = x.to(grad.dtype), weight.to(grad.dtype)  # they differ under autocast
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            # grad_weight alone: oneDNN's kernel for it is good
-            grad_weight = torch.ops.aten.convolution_backward(
-                grad, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
-                [False, True, False],
-            )[1]  # fmt: skip
-        if ctx.needs_input_grad[0]:
-            if stride > 1:
-                spread = torch.zeros_like(x, memory_format=torch.channels_last)
-                spread[:, :, ::stride, ::stride] = grad
-                grad = spread
-            grad_x = F.conv2d(grad, w.flip(2, 3), None, 1, padding, groups=groups)
-        return grad_x, grad_weight, None
+        return (*depthwise_gradients(grad, x, weight, ctx.stride, *ctx.needs_input_grad[:2]), None)
+
+
+ACTIVATION_GRADIENTS = {
+    SiLU: torch.ops.aten.silu_backward,
+    nn.GELU: torch.ops.aten.gelu_backward,
+    nn.Identity: lambda grad, x: grad,
+}
+
+
+def mix_and_project(
+    x: Tensor, act: nn.Module, depthwise: DepthwiseConv2d, norm: nn.BatchNorm2d, project: nn.Linear
+) -> Tensor:
+    """Compute ``project(e + silu(norm(depthwise(e))))`` of ``e = act(x)``; at stride 2 without ``e +``.
+
+    Autograd would keep five maps of the expanded width for the backward pass: the inputs of the activation,
+    the convolution, the batch norm, the next activation and the projection. Here the first and the third are
+    kept; the others follow from them by operations that cost little.
+
+    Args:
+        x: Map of shape (B, H, W, C).
+        act: SiLU, GELU or identity.
+        depthwise: Convolution, with a stride of 1 or 2.
+        norm: Batch norm, in either mode.
+        project: Linear layer from C to C' channels, without a bias.
+
+    Returns:
+        Map of shape (B, H / stride, W / stride, C').
+    """
+    weights = depthwise.weight, norm.weight, norm.bias, project.weight
+    return _MixAndProject.apply(x, *weights, act, norm, depthwise.stride[0])
+
+
+class _MixAndProject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        projection: Tensor,
+        act: nn.Module,
+        norm: nn.BatchNorm2d,
+        stride: int,
+    ) -> Tensor:
+        e = act(x).permute(0, 3, 1, 2)
+        convolved = F.conv2d(e, kernel, None, stride, kernel.shape[-1] // 2, groups=len(kernel))
+        z = F.silu(norm(convolved), inplace=True)
+        if stride == 1:
+            z.add_(e)
+        ctx.save_for_backward(x, convolved, kernel, gamma, beta, projection)
+        ctx.act, ctx.norm, ctx.stride = act, norm, stride
+        return F.linear(z.permute(0, 2, 3, 1), projection)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, convolved, kernel, gamma, beta, projection = ctx.saved_tensors
+        norm, dtype = ctx.norm, grad.dtype
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (convolved, gamma, beta) if t is not None]
+            use_batch = norm.training or norm.running_mean is None
+            statistics = (None, None) if use_batch else (norm.running_mean, norm.running_var)
+            affine = inputs[1:] or (None, None)
+            local = F.silu(F.batch_norm(inputs[0], *statistics, *affine, use_batch, 0.0, norm.eps))
+        with torch.no_grad():
+            e = ctx.act(x).permute(0, 3, 1, 2)
+            z = local + e if ctx.stride == 1 else local
+            z = z.permute(0, 2, 3, 1).flatten(0, 2)
+            rows = grad.flatten(0, 2)
+            grad_projection = rows.t() @ z.to(dtype) if ctx.needs_input_grad[4] else None
+            grad_z = (rows @ projection.to(dtype)).view(*grad.shape[:3], -1).permute(0, 3, 1, 2)
+        grad_convolved, *grad_affine = torch.autograd.grad(local, inputs, grad_z)
+        grad_e, grad_kernel = depthwise_gradients(
+            grad_convolved, e, kernel, ctx.stride, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        )
+        if grad_e is not None:
+            if ctx.stride == 1:
+                grad_e = grad_e.add_(grad_z)
+            grad_e = ACTIVATION_GRADIENTS[type(ctx.act)](grad_e.permute(0, 2, 3, 1), x)
+        return (grad_e, grad_kernel, *(grad_affine or (None, None)), grad_projection, None, None, None)

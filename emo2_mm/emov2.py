@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, Iterator, Sequence
 
 import torch
@@ -15,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import SEWMHSA
 from .checkpoint import load_backbone_weights
-from .depthwise import DepthwiseConv2d
+from .deploy import fold_following_norm, fold_preceding_norm
+from .depthwise import DepthwiseConv2d, mix_and_project
+from .inference import SiLU, add, by_strips
+from .modes import trains_on_cpu
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -45,10 +49,10 @@ def build_stem(in_channels: int, channels: int, norm_cfg: dict[str, Any]) -> nn.
         OrderedDict(
             conv=nn.Conv2d(in_channels, channels, 3, stride=2, padding=1),
             norm=build_batch_norm(norm_cfg, channels),
-            act=nn.SiLU(),
+            act=SiLU(),
             depthwise=DepthwiseConv2d(channels, 3),
             depthwise_norm=build_batch_norm(norm_cfg, channels),
-            depthwise_act=nn.SiLU(),
+            depthwise_act=SiLU(),
             project=nn.Conv2d(channels, channels, 1, bias=False),
         )
     )
@@ -109,16 +113,17 @@ class I2RMB(nn.Module):
     ) -> None:
         super().__init__()
         mid_channels = int(in_channels * expand_ratio)
+        self.stride = stride
         self.residual = stride == 1
         self.norm = nn.LayerNorm(in_channels, EPS) if attends else build_batch_norm(norm_cfg, in_channels)
         if attends and self.residual:
             self.expand = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
         else:
             linear = nn.Linear(in_channels, mid_channels)
-            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else nn.SiLU()))
+            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else SiLU()))
         self.depthwise = DepthwiseConv2d(mid_channels, 5, stride)
         self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
-        self.depthwise_act = nn.SiLU()
+        self.depthwise_act = SiLU()
         self.project = nn.Linear(mid_channels, out_channels, bias=False)
         self.layer_scale = nn.Parameter(torch.full((out_channels,), layer_scale_init_value))
         self.drop_path = DropPath(drop_path_rate)
@@ -127,17 +132,36 @@ class I2RMB(nn.Module):
         """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
         return self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
 
+    def branch(self, x: Tensor) -> Tensor:
+        """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
+        y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
+        if trains_on_cpu(y) and type(self.depthwise_norm) is nn.BatchNorm2d:
+            attends = isinstance(self.expand, SEWMHSA)
+            y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
+            y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)
+        else:
+            y = self.expand(y)
+            local = channels_first(self.spatial, y)
+            y = self.project(add(local, y) if self.residual else local)
+        return y if self.layer_scale is None else self.layer_scale * y
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
-        if isinstance(self.norm, nn.LayerNorm):
-            y = self.norm(x)
+        if isinstance(self.expand, SEWMHSA):  # distant windows span the whole map
+            y = self.branch(x)
         else:
-            y = channels_first(self.norm, x)
-        y = self.expand(y)
-        local = channels_first(self.spatial, y)
-        y = y + local if self.residual else local
-        y = self.layer_scale * self.project(y)
-        return x + self.drop_path(y) if self.residual else y
+            y = by_strips(self.branch, x, self.stride, 2, x.shape[2] * self.depthwise.in_channels)
+        return add(self.drop_path(y), x) if self.residual else y
+
+    def switch_to_deploy(self) -> None:
+        """Fold batch norms and layer scale; see :meth:`EMOv2.switch_to_deploy`."""
+        fold_following_norm(self.depthwise, self.depthwise_norm)
+        self.depthwise_norm = nn.Identity()
+        if not isinstance(self.norm, nn.LayerNorm):
+            fold_preceding_norm(self.norm, self.expand.linear)
+            self.norm = nn.Identity()
+        self.project.weight.data.mul_(self.layer_scale.data[:, None])
+        self.layer_scale = None
 
 
 @contextmanager
@@ -247,6 +271,7 @@ class EMOv2(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
+        self.deployed = False
 
         width = arch['channels'][0] // 2
         self.stem = build_stem(in_channels, width, norm_cfg)
@@ -310,7 +335,8 @@ class EMOv2(BaseModule):
         """
         if x.ndim != 4:
             raise ValueError(f'images have the shape {tuple(x.shape)}; give (B, C, H, W)')
-        x = self.stem(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        x = by_strips(self._stem, x, 2, 4, x.shape[2] * self.stem.conv.out_channels)
         outs = []
         for i, stage in enumerate(self.stages):
             for block in stage:
@@ -319,6 +345,9 @@ class EMOv2(BaseModule):
                 last = self.norm is not None and i == len(self.stages) - 1
                 outs.append((self.norm(x) if last else x).permute(0, 3, 1, 2))
         return tuple(outs)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return channels_first(self.stem, x)
 
     @staticmethod
     def _recomputed(block: I2RMB, x: Tensor) -> Tensor:
@@ -346,13 +375,64 @@ class EMOv2(BaseModule):
             load_backbone_weights(self, cfg['checkpoint'])
         self._is_init = True
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say how deep a parameter lies, which MMPretrain asks to decay the learning rate by layer.
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: What names of the backbone's parameters begin with there. Defaults to ''.
+
+        Returns:
+            The depth and the number of depths: 0 for the stem, one more for each block, and the last for the
+            final norm and everything outside the backbone.
+        """
+        last = sum(len(stage) for stage in self.stages) + 1
+        depth = last
+        if param_name.startswith(f'{prefix}stem.'):
+            depth = 0
+        elif param_name.startswith(f'{prefix}stages.'):
+            i, j = map(int, param_name[len(prefix) :].split('.')[1:3])
+            depth = sum(len(stage) for stage in self.stages[:i]) + j + 1
+        return depth, last + 1
+
+    def switch_to_deploy(self) -> None:
+        """Fold batch norms, layer scale and the stem's last layer into weights next to them, in place.
+
+        The outputs stay the same within rounding. There is no way back: the state dict changes, and the
+        backbone no longer trains. A second call does nothing.
+
+        Raises:
+            RuntimeError: If the backbone is in training mode, or a batch norm has no running statistics.
+        """
+        if self.deployed:
+            return
+        if self.training:
+            raise RuntimeError('switch_to_deploy() folds what inference computes; call eval() first')
+        fold_following_norm(self.stem.conv, self.stem.norm)
+        fold_following_norm(self.stem.depthwise, self.stem.depthwise_norm)
+        self.stem.norm = self.stem.depthwise_norm = nn.Identity()
+        for block in chain(*self.stages):
+            block.switch_to_deploy()
+        # the first block has no residual: nothing but its linear layer follows the stem's
+        expand, project = self.stages[0][0].expand.linear, self.stem.project
+        expand.weight.data = expand.weight.data @ project.weight.data[:, :, 0, 0]
+        self.stem.project = nn.Identity()
+        self.requires_grad_(False)
+        self.deployed = True
+
     def _freeze(self) -> None:
         if self.frozen_stages >= 0:
             for module in (self.stem, *self.stages[: self.frozen_stages]):
                 module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EMOv2:
-        """Set the training mode, but for frozen stages and, with ``norm_eval``, batch norms."""
+        """Set the training mode, but for frozen stages and, with ``norm_eval``, batch norms.
+
+        Raises:
+            RuntimeError: If ``mode`` is True after :meth:`switch_to_deploy`.
+        """
+        if mode and self.deployed:
+            raise RuntimeError('this EMOv2 was switched to deploy: it has no batch norms left to train')
         super().train(mode)
         self._freeze()
         if self.norm_eval:

@@ -1,0 +1,28 @@
+"""Which way a map takes: the plain one, or one that only a CPU takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)  # torch 2.1 has the latter
+
+
+def is_traced() -> bool:
+    """Whether operations are recorded (exported, counted, compiled): then they shall be the plain ones."""
+    return torch.jit.is_tracing() or _is_compiling()
+
+
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is on a CPU, and what is done with it is not recorded."""
+    return x.device.type == 'cpu' and not is_traced()
+
+
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether, moreover, nothing will ask for gradients."""
+    return runs_on_cpu(x) and not torch.is_grad_enabled()
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether, moreover, ``x`` will be asked for its gradient."""
+    return runs_on_cpu(x) and x.requires_grad

@@ -1,0 +1,300 @@
+"""tools/benchmark.py and its yardstick, the plain network, which EMOv2 has to equal in all its forms."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+from golden import normal, relative_error
+from test_emov2 import CASES, TINY, golden_model, logits_of, name_of
+from tiny import ROOT
+from torch import nn
+
+from emo2_mm import EMOv2
+
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import benchmark  # noqa: E402
+import measuring  # noqa: E402
+from benchmark import Case  # noqa: E402
+from plain_emov2 import PlainEMOv2, copy_weights  # noqa: E402
+
+sys.path.remove(str(ROOT / 'tools'))
+
+SMALL = (4, 96, 80, 3)  # batch, height, width, window
+
+
+def pair(arch: Any = TINY, window: int = 3, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
+    """The plain network and EMOv2 of the same visible weights."""
+    emo2 = benchmark.visible_emov2(arch, window, **kwargs)
+    plain = PlainEMOv2(arch, window_size=window, **kwargs)
+    copy_weights(emo2, plain)
+    return plain.to(dtype), emo2.to(dtype)
+
+
+def assert_close(ours: Any, theirs: Any, rtol: float = 1e-10) -> None:
+    for a, b in zip(ours, theirs):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= rtol * b.norm() + 1e-14
+
+
+class TestPlainNetwork:
+    @pytest.mark.parametrize('case', CASES, ids=name_of)
+    def test_it_is_the_published_one(self, case: dict[str, Any]) -> None:
+        model, weights = golden_model(case)
+        plain = PlainEMOv2(case['arch'], window_size=case['window_size'], final_norm=True).eval()
+        copy_weights(model, plain)
+        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
+        with torch.no_grad():
+            logits = logits_of(plain, weights, x)
+            plain.norm = None  # recorded without it
+            maps = (plain.stem(x), *plain(x))
+        assert relative_error(logits, case['logits']) < 1e-5
+        for i, record in enumerate(case.get('features', {}).values()):
+            assert relative_error(maps[i], record) < 1e-5
+
+    def test_its_parameters_have_the_same_names_and_sizes(self) -> None:
+        plain, emo2 = pair(final_norm=True)
+        theirs, ours = plain.state_dict(), emo2.state_dict()
+        assert theirs.keys() == ours.keys()
+        assert all(theirs[name].numel() == ours[name].numel() for name in ours)
+
+    def test_weights_of_another_arch_are_refused(self) -> None:
+        with pytest.raises(RuntimeError, match='size mismatch'):
+            copy_weights(benchmark.visible_emov2('1m', 7), PlainEMOv2('2m'))
+
+
+class TestParity:
+    """In double precision, where nothing but another formula can make a difference."""
+
+    @pytest.mark.parametrize('window', [1, 3, 7, 8, 10])
+    @pytest.mark.parametrize('size', [(1, 1), (33, 70), (97, 64), (224, 160)])
+    def test_maps_of_any_size_and_window(self, size: tuple[int, int], window: int) -> None:
+        plain, emo2 = pair(window=window, final_norm=True)
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        with torch.no_grad():
+            assert_close(emo2.eval()(x), plain.eval()(x))
+            emo2.switch_to_deploy()
+            assert_close(emo2(x), plain(x))
+
+    @pytest.mark.parametrize('arch', ['1m', '2m', '5m', '20m', '50m'])
+    def test_maps_of_any_arch(self, arch: str) -> None:
+        plain, emo2 = pair(dict(EMOv2.arch_settings[arch], depths=(1, 2, 2, 2)), 7)  # blocks repeat
+        x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
+        with torch.no_grad():
+            assert_close(emo2.eval()(x), plain.eval()(x))
+            emo2.switch_to_deploy()
+            assert_close(emo2(x), plain(x))
+
+    @pytest.mark.parametrize('training', [True, False])
+    @pytest.mark.parametrize('window', [3, 4])
+    @pytest.mark.parametrize('size', [(64, 96), (97, 75)])
+    def test_gradients_and_statistics(self, size: tuple[int, int], window: int, training: bool) -> None:
+        plain, emo2 = pair(window=window, final_norm=True)
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        images = []
+        for model in (plain, emo2):
+            images.append(x.clone().requires_grad_())
+            sum(m.square().mean() for m in model.train(training)(images[-1])).backward()
+        own = dict(emo2.named_parameters())
+        scale = max(p.grad.norm() for p in plain.parameters())
+        assert_close([images[1].grad], [images[0].grad], 1e-9)
+        for name, p in plain.named_parameters():
+            difference = own[name].grad.reshape(p.shape) - p.grad
+            # a bias before a batch norm has a gradient of zero, but for rounding
+            assert difference.norm() <= 1e-9 * max(p.grad.norm(), 1e-3 * scale), name
+        buffers = dict(emo2.named_buffers())
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(buffers[name], buffer, msg=name)
+
+    def test_drop_path_draws_the_same_samples(self) -> None:
+        plain, emo2 = pair(drop_path_rate=0.7)
+        x, maps = torch.randn(8, 3, 32, 32, dtype=torch.float64), []
+        for model in (plain.train(), emo2.train()):
+            torch.manual_seed(3)
+            maps.append(model(x))
+        assert_close(*maps)
+
+    @pytest.mark.parametrize('dtype', ['bf16', 'fp32'])
+    @pytest.mark.parametrize('kind', ['eager', 'deployed', 'train'])
+    def test_narrow_types_stay_within_the_limits_of_the_benchmark(self, kind: str, dtype: str) -> None:
+        case = Case(kind, *SMALL, dtype)
+        errors = benchmark.errors_of(*benchmark.build(case, TINY, 'cpu'), case)
+        assert 0 < len(errors) == (2 if kind == 'train' else 1)
+        assert all(0 < error < benchmark.LIMITS[name][dtype] for name, error in errors.items())
+
+
+class TestCases:
+    def test_names_tell_them_apart(self) -> None:
+        names = [case.name for case in benchmark.select(None, 'cuda')]
+        assert len(set(names)) == len(names)
+        assert names[3] == 'eager-1x800x1216'
+
+    def test_a_cpu_is_asked_for_fewer(self) -> None:
+        assert not {'fp16', 'compile'} & {part for c in benchmark.select(None, 'cpu') for part in c}
+
+    def test_they_are_found_by_parts_and_by_name(self) -> None:
+        names = [c.name for c in benchmark.select(['memory', 'eager-1x512', 'train-8x224-fp16'], 'cpu')]
+        assert names == [
+            *('memory-8x224', 'memory-2x512', 'memory-8x224-bf16', 'memory-2x512-bf16'),
+            *('eager-1x512', 'train-8x224-fp16'),
+        ]
+        assert benchmark.select([], 'cpu') == []
+
+    def test_an_unknown_one_is_named(self, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit):
+            benchmark.main(['--only', 'eager-2x2'])
+        assert '--only eager-2x2 fits no case; the cases are: eager-1x224' in capsys.readouterr().err
+
+
+class TestMeasuring:
+    def test_turns_alternate_and_belong_to_their_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+        clock = iter(range(1000))
+        monkeypatch.setattr(measuring.time, 'perf_counter', lambda: next(clock))
+        runs = [lambda: calls.append('a'), lambda: [calls.append('b'), next(clock)]]
+        rounds = list(measuring.in_turns(runs, 'cpu', 3))
+        assert ''.join(calls[4:]) == 'abbaab'  # after warming up
+        assert rounds == [[1, 2]] * 3
+
+    def test_rounds_follow_from_the_time_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for spent, rounds in ((0.01, 60), (1.0, 10), (100.0, 6)):
+            monkeypatch.setattr(measuring, 'seconds', lambda run, device, spent=spent: spent / 2)
+            assert len(list(measuring.in_turns([int, int], 'cpu'))) == rounds
+
+    def test_peak_is_what_is_held_at_once(self) -> None:
+        def run() -> None:
+            a = torch.ones(1000, 1000)
+            b = a + 1  # 8 MB at once
+            del a
+            (b * 2).sum()
+
+        held: list[torch.Tensor] = []
+        assert measuring.peak_bytes(lambda: held.append(torch.ones(10**6)), 'cpu') == pytest.approx(
+            4e6, rel=0.01
+        )
+        assert measuring.peak_bytes(run, 'cpu') == pytest.approx(
+            8e6, rel=0.01
+        )  # what is held before is not new
+
+    def test_saved_counts_each_storage_once_and_no_parameter(self) -> None:
+        model = nn.Linear(10, 10)
+        x = torch.ones(100, 10, requires_grad=True)
+        assert measuring.saved_bytes(lambda: model(x), model) == 4000  # x, not the weight
+        assert measuring.saved_bytes(lambda: model(x).tanh() * x.view(100, 10), model) == 2 * 4000
+
+    def test_operators_share_the_time(self) -> None:
+        a = torch.ones(300, 300)
+        found = measuring.operators(lambda: (a @ a) + a, 'cpu')
+        assert sum(row['share'] for row in found) == pytest.approx(1)
+        assert {row['name']: row['calls'] for row in found}['aten::mm'] == 1
+
+
+class TestTool:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Keep the tool to images and models that take no time."""
+        monkeypatch.setattr(benchmark, 'INFERENCE', [(1, 32, 32, 2), (2, 32, 48, 2)])
+        monkeypatch.setattr(benchmark, 'TRAINING', [SMALL])
+        monkeypatch.setattr(benchmark, 'SIDES', [32, 64])
+        monkeypatch.setitem(EMOv2.arch_settings, '1m', TINY)
+
+    def test_report(self, tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
+        names = ['eager-1x32', 'deployed-2x32x48', 'train-4x96x80-bf16', 'memory-4x96x80']
+        args = ['--arch', '1m', '--device', 'cpu', '--rounds', '3', '--only', *names, '--out', str(tmp_path)]
+        assert benchmark.main(args) == 0
+        found = json.loads((tmp_path / 'benchmark.json').read_text())
+        assert (found['arch'], found['device'], found['limits']) == ('1m', 'cpu', benchmark.LIMITS)
+        assert found['machine']['torch'] == torch.__version__
+        assert found['machine']['threads'] == torch.get_num_threads()
+        assert [case['name'] for case in found['cases']] == names
+        for case in found['cases']:
+            low, high = case['quartiles']
+            assert case['agrees']
+            assert low <= case['ratio'] <= high
+            if case['kind'] == 'memory':
+                assert case['ratio'] == case['emo2'] / case['plain']
+                assert 0 < case['saved'][1] < case['emo2']
+            else:
+                assert len(case['pairs']) == 3
+                assert case['ratio'] == sorted(plain / emo2 for plain, emo2 in case['pairs'])[1]
+        assert {f.name for f in tmp_path.iterdir()} == {'benchmark.json', 'benchmark.png'}
+        assert capsys.readouterr().out.count('eager-1x32') == 2  # as it is measured, and in the table
+
+    @pytest.mark.slow
+    def test_scale_and_profile(self, tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
+        args = ['--arch', '1m', '--device', 'cpu', '--only', '--rounds', '1', '--scale', '--profile']
+        assert benchmark.main([*args, '--out', str(tmp_path)]) == 0
+        found = json.loads((tmp_path / 'benchmark.json').read_text())
+        assert 'cases' not in found
+        assert [row['side'] for row in found['scale']] == [32, 64]
+        for network in ('plain', 'eager', 'deployed'):
+            assert all(row[network]['bytes'] > 0 < row[network]['seconds'] for row in found['scale'])
+        assert [(row['case'], row['network']) for row in found['profile']] == [
+            ('eager-2x32x48', 'plain'),
+            ('eager-2x32x48', 'emo2'),
+            ('deployed-2x32x48', 'emo2'),
+            ('train-4x96x80', 'plain'),
+            ('train-4x96x80', 'emo2'),
+        ]
+        assert {f.name for f in tmp_path.iterdir()} == {'benchmark.json', 'benchmark_scale.png'}
+        assert 'aten::' in capsys.readouterr().out
+
+    def test_a_fast_wrong_result_fails_and_is_not_timed(
+        self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        def nearly(source: nn.Module, target: nn.Module) -> None:
+            copy_weights(source, target)
+            target.stages[3][0].depthwise_norm.bias.data[0] += 0.01
+
+        monkeypatch.setattr(benchmark, 'copy_weights', nearly)
+        args = ['--arch', '1m', '--device', 'cpu', '--only', 'eager-1x32', 'memory-4x96x80', '--rounds', '1']
+        assert benchmark.main([*args, '--out', str(tmp_path)]) == 1
+        found = json.loads((tmp_path / 'benchmark.json').read_text())['cases']
+        assert [case['agrees'] for case in found] == [False, False]
+        assert not any('pairs' in case for case in found)
+        assert 'network differ: eager-1x32 memory-4x96x80' in ' '.join(capsys.readouterr().out.split())
+
+    def test_not_a_number_is_no_agreement(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(benchmark, 'relative_error', lambda a, b: float('nan'))
+        assert not benchmark.measure(Case('eager', *SMALL), TINY, 'cpu', 1)['agrees']
+
+    def test_peers_without_timm_name_it_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, 'timm', None)
+        monkeypatch.setattr(benchmark, 'measure', lambda *args: pytest.fail('measured before'))
+        with pytest.raises(SystemExit, match='Run `pip install timm`'):
+            benchmark.main(['--peers'])
+
+    def test_peers(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip('timm')
+        monkeypatch.setattr(benchmark, 'PEERS', [benchmark.PEERS[0]._replace(side=64)])
+        monkeypatch.setattr(benchmark, 'EMOV2_SIDE', 64)
+        args = ['--arch', '1m', '--device', 'cpu', '--only', '--rounds', '1', '--peers']
+        assert benchmark.main([*args, '--out', str(tmp_path)]) == 0
+        found = json.loads((tmp_path / 'benchmark.json').read_text())
+        assert [row['name'] for row in found['peers']] == ['EMOv2-1m', 'EMOv2-1m deployed', 'edgenext_small']
+        assert all(min(row['images_per_second'].values()) > 0 for row in found['peers'])
+        assert (tmp_path / 'benchmark_peers.png').is_file()
+
+    def test_every_peer_is_a_model_of_timm(self) -> None:
+        timm = pytest.importorskip('timm')
+        assert all(timm.is_model(peer.name) for peer in benchmark.PEERS)
+
+    @pytest.mark.parametrize(
+        ('args', 'message'),
+        [
+            (['--threads', '0'], '--threads is 0; give 1 or more'),
+            (['--rounds', '-1'], '--rounds is -1; give 1 or more'),
+            (['--device', 'cuda'], 'torch finds no GPU'),
+        ],
+    )
+    def test_a_wrong_option_is_named(
+        self, args: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        with pytest.raises(SystemExit):
+            benchmark.main(args)
+        assert message in capsys.readouterr().err

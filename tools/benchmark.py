@@ -1,0 +1,398 @@
+"""Measure EMOv2 against the plain network of plain_emov2.py, in turns, once their results agree."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Callable, NamedTuple, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
+
+from benchmark_report import draw, one_line, tables  # noqa: E402
+from measuring import in_turns, operators, peak_bytes, saved_bytes  # noqa: E402
+from plain_emov2 import PlainEMOv2, copy_weights  # noqa: E402
+
+import emo2_mm  # noqa: E402
+from emo2_mm import EMOv2  # noqa: E402
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+# Largest relative errors allowed. In training, batch statistics amplify rounding; the narrow types round at
+# every operation, at 8 (bf16) or 11 bits, and the two networks do so in different places.
+LIMITS = {
+    'maps': {'fp32': 1e-5, 'bf16': 0.1, 'fp16': 0.02},
+    'maps in training': {'fp32': 1e-4, 'bf16': 0.1, 'fp16': 0.02},
+    'gradients': {'fp32': 1e-3, 'bf16': 0.15, 'fp16': 0.05},
+}
+LOSS_SCALE = 1024.0  # keeps gradients within fp16
+
+# batch, height, width, window size
+INFERENCE = [(1, 224, 224, 7), (8, 224, 224, 7), (1, 512, 512, 10), (1, 800, 1216, 10)]
+TRAINING = [(8, 224, 224, 7), (2, 512, 512, 10)]
+LARGE = (64, 224, 224, 7)  # fills a GPU
+SIDES = [224, 448, 672, 896, 1120, 1344, 1600]  # of --scale
+SHOWN_OPERATORS = 12  # of --profile
+
+
+class Case(NamedTuple):
+    """What is measured: ``eager`` or ``deployed`` inference, a ``train`` step or its ``memory``."""
+
+    kind: str
+    batch: int
+    height: int
+    width: int
+    window: int
+    dtype: str = 'fp32'
+    variant: str = ''  # or 'channels-last' (weights and images), 'compile'
+
+    @property
+    def name(self) -> str:
+        size = f'{self.height}' if self.height == self.width else f'{self.height}x{self.width}'
+        dtype = self.dtype if self.dtype != 'fp32' else ''
+        return '-'.join(filter(None, (self.kind, f'{self.batch}x{size}', dtype, self.variant)))
+
+    @property
+    def trains(self) -> bool:
+        return self.kind in ('train', 'memory')
+
+
+def common_cases() -> list[Case]:
+    cases = [Case(kind, *shape) for kind in ('eager', 'deployed') for shape in INFERENCE]
+    for kind in ('train', 'memory'):
+        cases += [Case(kind, *shape, dtype) for dtype in ('fp32', 'bf16') for shape in TRAINING]
+    return cases
+
+
+def gpu_cases() -> list[Case]:
+    """More, which a CPU is not asked for unless they are named."""
+    cases = [Case(kind, *LARGE) for kind in ('eager', 'deployed', 'train')]
+    for kind in ('eager', 'deployed'):
+        cases += [Case(kind, *shape, 'bf16') for shape in [*INFERENCE, LARGE]]
+        for variant in ('channels-last', 'compile'):
+            cases += [Case(kind, *shape, 'bf16', variant) for shape in (INFERENCE[-1], LARGE)]
+    cases += [Case('train', *shape, 'fp16') for shape in [*TRAINING, LARGE]]
+    cases += [Case('train', *LARGE, 'bf16', variant) for variant in ('', 'channels-last', 'compile')]
+    return cases + [Case('memory', *LARGE, dtype) for dtype in ('fp32', 'bf16')]
+
+
+def select(names: Sequence[str] | None, device: str) -> list[Case]:
+    """Find cases by the whole name or by a part of it (``train``, ``8x224``, ``bf16``); None: the usual ones.
+
+    Raises:
+        ValueError: If a name fits no case.
+    """
+    usual = common_cases() + (gpu_cases() if device == 'cuda' else [])
+    if names is None:
+        return usual
+    known = {case.name: case for case in common_cases() + gpu_cases()}
+    chosen: dict[str, Case] = {}
+    for name in names:
+        fits = [known[name]] if name in known else [c for c in usual if name in c.name.split('-')]
+        if not fits:
+            raise ValueError(f'{name} fits no case; the cases are: {" ".join(known)}')
+        chosen.update({case.name: case for case in fits})
+    return list(chosen.values())
+
+
+@torch.no_grad()
+def visible_emov2(arch: str | dict, window: int, **kwargs: Any) -> EMOv2:
+    """Build an EMOv2 of random weights in which every branch and every statistic counts."""
+    torch.manual_seed(0)
+    model = EMOv2(arch, window_size=window, layer_scale_init_value=0.5, **kwargs)
+    for module in model.modules():
+        if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+            nn.init.normal_(module.weight, 1.0, 0.1)
+            nn.init.normal_(module.bias, 0.0, 0.1)
+        if isinstance(module, _BatchNorm):
+            nn.init.normal_(module.running_mean, 0.0, 0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model
+
+
+def build(case: Case, arch: str | dict, device: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Build the plain network, an EMOv2 of the same weights, and images."""
+    emo2 = visible_emov2(arch, case.window)
+    plain = PlainEMOv2(arch, window_size=case.window)
+    copy_weights(emo2, plain)
+    x = torch.randn(case.batch, 3, case.height, case.width).to(device)
+    for model in (plain, emo2):
+        model.train(case.trains).to(device)
+    if case.kind == 'deployed':
+        emo2.switch_to_deploy()
+    if not case.trains:  # training keeps its weights in fp32 and casts as it goes
+        x, plain, emo2 = (part.to(DTYPES[case.dtype]) for part in (x, plain, emo2))
+    if case.variant == 'channels-last':
+        x, plain, emo2 = (part.to(memory_format=torch.channels_last) for part in (x, plain, emo2))
+    if case.variant == 'compile':
+        plain, emo2 = torch.compile(plain), torch.compile(emo2)
+    return plain, emo2, x
+
+
+def forward(model: nn.Module, x: Tensor, case: Case) -> tuple[Tensor, ...]:
+    half = case.trains and case.dtype != 'fp32'
+    with torch.autocast(x.device.type, DTYPES[case.dtype]) if half else nullcontext():
+        return model(x)
+
+
+def step(model: nn.Module, x: Tensor, case: Case) -> tuple[Tensor, ...]:
+    """Do once what the case measures: a forward pass or, in training, also a backward pass."""
+    if not case.trains:
+        with torch.no_grad():
+            return forward(model, x, case)
+    model.zero_grad(set_to_none=True)
+    maps = forward(model, x, case)
+    (LOSS_SCALE * sum(m.float().square().mean() for m in maps)).backward()
+    return maps
+
+
+def relative_error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The norm of the difference of two lists of tensors, relative to that of the second."""
+    a, b = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def errors_of(plain: nn.Module, emo2: nn.Module, x: Tensor, case: Case) -> dict[str, float]:
+    """Relative error of the worst map and, in training, of all gradients together."""
+    maps = zip(step(emo2, x, case), step(plain, x, case))
+    worst = max(relative_error([ours], [theirs]) for ours, theirs in maps)
+    errors = {'maps in training' if case.trains else 'maps': worst}
+    if case.trains:
+        theirs = {name: p.grad for name, p in plain.named_parameters()}
+        ours = {name: p.grad for name, p in emo2.named_parameters()}
+        errors['gradients'] = relative_error(list(ours.values()), [theirs[name] for name in ours])
+    return errors
+
+
+def measure(case: Case, arch: str | dict, device: str, rounds: int | None) -> dict[str, Any]:
+    """Check that both networks agree and, if so, measure them.
+
+    The ratio is plain / EMOv2 of time, the speed-up, but EMOv2 / plain of memory, the part of it.
+    """
+    plain, emo2, x = build(case, arch, device)
+    errors = errors_of(plain, emo2, x, case)
+    agrees = all(error <= LIMITS[kind][case.dtype] for kind, error in errors.items())  # False for nan
+    result = dict(name=case.name, **case._asdict(), errors=errors, agrees=agrees)
+    if not agrees:
+        return result
+    runs = [lambda m=model: step(m, x, case) for model in (plain, emo2)]
+    if case.kind == 'memory':
+        for model in (plain, emo2):
+            model.zero_grad(set_to_none=True)
+        result['saved'] = [saved_bytes(lambda m=m: forward(m, x, case), m) for m in (plain, emo2)]
+        pairs = [[peak_bytes(run, device) for run in runs]]
+        ratios = [pair[1] / pair[0] for pair in pairs]
+    else:
+        pairs = list(in_turns(runs, device, rounds))
+        ratios = [pair[0] / pair[1] for pair in pairs]
+    quartiles = quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
+    medians = dict(zip(('plain', 'emo2'), map(median, zip(*pairs))))
+    unit = 'bytes' if case.kind == 'memory' else 'seconds'
+    return dict(result, unit=unit, ratio=median(ratios), quartiles=quartiles, **medians, pairs=pairs)
+
+
+def measure_side(side: int, arch: str, device: str, rounds: int | None) -> dict[str, Any]:
+    """Time and peak memory of inference on one square image."""
+    plain, eager, x = build(Case('eager', 1, side, side, 7), arch, device)
+    deployed = build(Case('deployed', 1, side, side, 7), arch, device)[1]
+    networks = dict(plain=plain, eager=eager, deployed=deployed)
+    runs = [lambda m=m: step(m, x, Case('eager', 1, side, side, 7)) for m in networks.values()]
+    times = zip(*in_turns(runs, device, rounds))
+    rows = {n: dict(seconds=median(t), bytes=peak_bytes(r, device)) for n, r, t in zip(networks, runs, times)}
+    return dict(side=side, megapixels=side**2 / 1e6, **rows)
+
+
+class Peer(NamedTuple):
+    """A model of timm, and the ImageNet-1K top-1 (%) that others report for it at images of ``side``."""
+
+    name: str
+    side: int
+    top1: float | None
+    source: str
+
+
+PEERS = [
+    Peer('edgenext_small', 256, 79.4, 'arXiv 2206.10589'),
+    Peer('efficientformerv2_s1', 224, 79.7, 'timm results, distilled'),
+    Peer('tiny_vit_5m_224', 224, 79.0, 'MMPretrain, from scratch'),
+    Peer('mobilevitv2_100', 256, 78.1, 'timm results'),
+    Peer('repvit_m1_0', 224, 80.0, 'arXiv 2307.09283, distilled'),
+    Peer('mobilenetv4_conv_medium', 256, 79.9, 'timm model card'),
+]
+EMOV2_SIDE = 224
+EMOV2_TOP1 = {'1m': 72.3, '2m': 75.8, '5m': 79.4}
+
+
+class Classifier(nn.Module):
+    """EMOv2 with its ImageNet-1K head."""
+
+    def __init__(self, arch: str, deployed: bool) -> None:
+        super().__init__()
+        self.backbone = visible_emov2(arch, 7, out_indices=(3,), final_norm=True).eval()
+        self.fc = nn.Linear(EMOv2.arch_settings[arch]['channels'][-1], 1000)
+        if deployed:
+            self.backbone.switch_to_deploy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x)[-1].mean((2, 3)))
+
+
+def import_timm() -> Any:
+    try:
+        return importlib.import_module('timm')
+    except ImportError as error:
+        raise SystemExit(f'--peers needs timm ({error}). Run `pip install timm`.') from None
+
+
+def measure_peers(arch: str, device: str, rounds: int | None) -> list[dict[str, Any]]:
+    """Images per second of EMOv2 and of others, in fp32, each at the size that its top-1 is reported for."""
+    timm = import_timm()
+    reparameterize = importlib.import_module('timm.utils.model').reparameterize_model
+    own = Peer(f'EMOv2-{arch}', EMOV2_SIDE, EMOV2_TOP1.get(arch), 'arXiv 2412.06674')
+    models = {own: Classifier(arch, deployed=False)}
+    models[own._replace(name=f'{own.name} deployed')] = Classifier(arch, deployed=True)
+    for peer in PEERS:  # folded, too, where the model knows how
+        models[peer] = reparameterize(timm.create_model(peer.name, num_classes=1000).eval())
+    for model in models.values():
+        model.to(device)
+    rows = [dict(peer._asdict(), images_per_second={}) for peer in models]
+    with torch.no_grad():
+        for batch in (1, 8 if device == 'cpu' else 64):
+            images = {p.side: torch.randn(batch, 3, p.side, p.side, device=device) for p in models}
+            runs = [lambda m=m, x=images[peer.side]: m(x) for peer, m in models.items()]
+            for row, times in zip(rows, zip(*in_turns(runs, device, rounds))):
+                row['images_per_second'][str(batch)] = batch / median(times)
+    return rows
+
+
+def measure_profile(arch: str, device: str) -> list[dict[str, Any]]:
+    """The operators that take most of the time, in inference and in training."""
+    rows = []
+    for case in (Case('eager', *INFERENCE[1]), Case('deployed', *INFERENCE[1]), Case('train', *TRAINING[0])):
+        plain, emo2, x = build(case, arch, device)
+        for network, model in (('plain', plain), ('emo2', emo2)):
+            if case.kind != 'deployed' or network == 'emo2':  # the plain network has no other form
+                found = operators(lambda m=model, c=case, x=x: step(m, x, c), device)
+                rows.append(dict(case=case.name, network=network, operators=found[:SHOWN_OPERATORS]))
+    return rows
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().split('\n') if info.exists() else []
+    names = [line.split(': ')[1] for line in lines if line.startswith('model name')]
+    return dict(
+        date=time.strftime('%Y-%m-%d'),
+        cpu=names[0] if names else platform.processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
+        system=platform.system(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda if device == 'cuda' else None,
+        emo2_mm=emo2_mm.__version__,
+    )
+
+
+def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=f'{__doc__} Exits with 1 if any results differ.',
+        epilog=f'Cases: {" ".join(case.name for case in common_cases())}; '
+        f'on a GPU also {" ".join(case.name for case in gpu_cases())}',
+    )
+    parser.add_argument('--arch', default='5m', choices=list(EMOv2.arch_settings), help='defaults to 5m')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='defaults to cuda where there is one')
+    parser.add_argument('--threads', type=int, help='of torch on the CPU; defaults to what torch takes')
+    parser.add_argument('--rounds', type=int, help='of every comparison; by default as time allows')
+    parser.add_argument(
+        '--only', nargs='*', metavar='CASE', help='these cases, or parts of their names; none if left empty'
+    )
+    parser.add_argument('--scale', action='store_true', help='also the cost per pixel, 224 to 1600')
+    parser.add_argument('--peers', action='store_true', help='also models of timm of like accuracy')
+    parser.add_argument('--profile', action='store_true', help='also the operators that take the time')
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for benchmark.json and plots')
+    parsed = parser.parse_args(args)
+    parsed.device = parsed.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if parsed.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch finds no GPU; leave it out to measure on the CPU')
+    for name in ('threads', 'rounds'):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name} is {value}; give 1 or more')
+    try:
+        parsed.cases = select(parsed.only, parsed.device)
+    except ValueError as error:
+        parser.error(f'--only {error}')
+    return parsed
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    args = parse_args(args)
+    if args.peers:
+        import_timm()  # say now rather than after minutes that it is missing
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, for convolutions as for linear layers
+    setting = (args.arch, args.device)
+    jobs: list[tuple[str, str, Callable[[], Any]]] = [
+        ('cases', case.name, partial(measure, case, *setting, args.rounds)) for case in args.cases
+    ]
+    if args.scale:
+        for side in SIDES:
+            jobs.append(('scale', f'scale-{side}', partial(measure_side, side, *setting, args.rounds)))
+    if args.peers:
+        jobs.append(('peers', 'peers', partial(measure_peers, *setting, args.rounds)))
+    if args.profile:
+        jobs.append(('profile', 'profile', partial(measure_profile, *setting)))
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    results: dict[str, Any] = dict(
+        arch=args.arch, device=args.device, machine=machine(args.device), limits=LIMITS
+    )
+    console.print(
+        ', '.join(f'{name} {value}' for name, value in results['machine'].items() if value), soft_wrap=True
+    )
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task('', total=len(jobs))
+        for section, name, job in jobs:
+            progress.update(bar, description=name)
+            found = job()
+            results.setdefault(section, []).extend(found if isinstance(found, list) else [found])
+            progress.advance(bar)
+            if section in ('cases', 'scale'):
+                console.print(one_line(found), highlight=False, soft_wrap=True)
+    for table in tables(results):
+        console.print(table)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / 'benchmark.json').write_text(json.dumps(results, indent=1) + '\n')
+        draw(results, args.out)
+        console.print(
+            f'written to {args.out}: {" ".join(sorted(f.name for f in args.out.glob("benchmark*")))}'
+        )
+    wrong = [case['name'] for case in results.get('cases', []) if not case['agrees']]
+    if wrong:
+        console.print(f'[bold red]EMOv2 and the plain network differ:[/] {" ".join(wrong)}')
+    return 1 if wrong else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
