@@ -1,0 +1,139 @@
+"""Another project in another folder: a code base's own config with this backbone in it, in a new process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# What such a project inherits and changes, beside the backbone's type and import.
+PROJECTS = {
+    'mmpretrain': """
+_base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
+model = dict(
+    backbone=dict(_delete_=True, type='TYPE', arch='1m', out_indices=(3,), final_norm=True),
+    head=dict(in_channels=180),
+)
+""",
+    'mmdet': """
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(_delete_=True, type='TYPE', arch='1m', window_size=10),
+    neck=dict(in_channels=[32, 48, 80, 180]),
+)
+""",
+    'mmseg': """
+_base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+model = dict(
+    pretrained=None,
+    backbone=dict(_delete_=True, type='TYPE', arch='1m', window_size=10),
+    neck=dict(in_channels=[32, 48, 80, 180]),
+)
+""",
+}
+IMPORT = "custom_imports = dict(imports=['emo2_mm'], allow_failed_imports=False)\n"
+
+# A batch of two images, as the code base's dataloader gives it.
+BATCHES = {
+    'mmpretrain': """
+from mmpretrain.structures import DataSample
+samples = [DataSample().set_gt_label(label) for label in (3, 997)]
+""",
+    'mmdet': """
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0))
+samples = [DetDataSample(metainfo=meta) for _ in images]
+for sample in samples:
+    boxes = torch.tensor([[8.0, 8.0, 56.0, 60.0]])
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([7]))
+""",
+    'mmseg': """
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+model.data_preprocessor.size = (64, 64)  # 512 x 512 would take long
+meta = dict(img_shape=(64, 64), ori_shape=(64, 64), padding_size=(0, 0, 0, 0))
+samples = [SegDataSample(metainfo=meta) for _ in images]
+for sample in samples:
+    sample.gt_sem_seg = PixelData(data=torch.randint(150, (1, 64, 64)))
+""",
+}
+
+PREDICTIONS = {
+    'mmpretrain': '[tuple(p.pred_score.shape) for p in predictions] == [(1000,)] * 2',
+    'mmdet': "['pred_instances' in p for p in predictions] == [True] * 2",
+    'mmseg': '[tuple(p.pred_sem_seg.shape) for p in predictions] == [(64, 64)] * 2',
+}
+
+TRAIN = """
+import sys
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.runner import Runner
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+cfg = Config.fromfile('mine.py', import_custom_modules=False)
+assert 'emo2_mm' not in sys.modules
+cfg.work_dir = 'work'
+if 'custom_imports' in cfg:
+    try:
+        Runner.from_cfg(cfg)
+    except KeyError as error:
+        print('without the import:', error)
+    assert 'emo2_mm' not in sys.modules
+    cfg = Config.fromfile('mine.py')
+    cfg.work_dir, cfg.experiment_name = 'work', 'second'
+
+runner = Runner.from_cfg(cfg)
+model = revert_sync_batchnorm(runner.model)  # which has no kernel for CPUs
+model.init_weights()
+backbone = model.backbone
+assert type(backbone).__module__ == 'emo2_mm.emov2', type(backbone)
+
+images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
+BATCH
+batch = dict(inputs=images, data_samples=samples)
+if cfg.default_scope == 'mmpretrain':
+    batch['inputs'] = torch.stack(images)
+first = next(backbone.parameters())
+before = first.detach().clone()
+grads = {}
+for name, parameter in backbone.named_parameters():
+    parameter.register_hook(lambda grad, name=name: grads.update({name: grad}))
+losses = model.train_step(batch, runner.build_optim_wrapper(cfg.optim_wrapper))
+assert torch.stack([v for k, v in losses.items() if 'loss' in k]).isfinite().all(), losses
+assert losses['loss'] > 0
+assert set(grads) == {name for name, _ in backbone.named_parameters()}
+assert all(grad.any() and grad.isfinite().all() for grad in grads.values())
+assert not torch.equal(first, before)
+
+with torch.no_grad():
+    predictions = model.eval().test_step(batch)
+assert PREDICTED
+print('trained')
+"""
+
+
+@pytest.mark.slow  # 7 s each: a process that knows nothing of this package imports a code base
+@pytest.mark.parametrize('spelling', ['EMOv2', 'emo2_mm.EMOv2'])
+@pytest.mark.parametrize('scope', PROJECTS)
+def test_in_a_stock_config(scope: str, spelling: str, tmp_path: Path) -> None:
+    if find_spec(scope) is None:
+        pytest.skip(f'{scope} is not installed')
+    imports = IMPORT if spelling == 'EMOv2' else ''
+    (tmp_path / 'mine.py').write_text(imports + PROJECTS[scope].replace('TYPE', spelling))
+    code = TRAIN.replace('BATCH', BATCHES[scope]).replace('PREDICTED', PREDICTIONS[scope])
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    env.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.endswith('trained\n')
+    if imports:
+        assert 'without the import: ' in done.stdout
+        assert f'EMOv2 is not in the {scope}::model registry' in done.stdout
