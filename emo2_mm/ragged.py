@@ -8,6 +8,7 @@ pass nothing is kept but q, k and v of the map, not the windows they are gathere
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import product
 from typing import Any, Iterator, NamedTuple
 
@@ -29,7 +30,8 @@ class Span(NamedTuple):
     token_step: int
 
 
-def spans(length: int, size: int, distant: bool) -> list[Span]:
+@lru_cache(maxsize=None)
+def spans(length: int, size: int, distant: bool) -> tuple[Span, ...]:
     """Divide an axis into windows of at most ``size`` tokens, adjacent or (``distant``) strided ones."""
     if distant:
         n = -(-length // size)  # windows, and the step between the tokens of one
@@ -38,7 +40,7 @@ def spans(length: int, size: int, distant: bool) -> list[Span]:
     else:
         full, rest = divmod(length, size)
         found = [Span(0, full, size, size, 1), Span(full * size, 1, size, rest, 1)]
-    return [span for span in found if span.windows and span.tokens]
+    return tuple(span for span in found if span.windows and span.tokens)
 
 
 def windows(x: Tensor, rows: Span, columns: Span, heads: int) -> Tensor:
@@ -78,14 +80,14 @@ class _Windows:
         if not self.padded:
             return x.reshape(-1, self.tokens, x.shape[-1])
         gathered = x.new_empty(*x.shape[:4], self.tokens + 1, x.shape[-1])
-        gathered[..., :-1, :].unflatten(-2, x.shape[4:6]).copy_(x)
+        gathered[..., :-1, :].view(x.shape).copy_(x)
         gathered[..., -1, :] = padding.view(-1, x.shape[-1])
         return gathered.flatten(0, 3)
 
     def put(self, values: Tensor, x: Tensor, distant: bool) -> None:
         """Write (neighbour windows) or add (distant ones, that come later) tokens to the map ``x``."""
         place = windows(x, *self.place)
-        values = values[:, : self.tokens].unflatten(1, place.shape[4:6]).unflatten(0, place.shape[:4])
+        values = values[:, : self.tokens].view(place.shape)
         if distant:
             place.add_(values)
         else:
