@@ -47,7 +47,7 @@ class DepthwiseConv2d(nn.Conv2d):
 def depthwise_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, of_x: bool = True, of_weight: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a depth-wise convolution's input and weight, of the dtype of ``grad``.
+    """Gradients of a depth-wise convolution's input and weight.
 
     Args:
         grad: Gradient of the output, of shape (B, C, H', W').
@@ -59,20 +59,20 @@ def depthwise_gradients(
     """
     padding, groups = weight.shape[-1] // 2, len(weight)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    x, weight = x.to(grad.dtype), weight.to(grad.dtype)  # they differ under autocast
     grad_x = grad_weight = None
     if of_weight:
-        # grad_weight alone: oneDNN's kernel for it is good
+        # oneDNN's kernel for it is good if it has no more to do, and in float32
+        wide = torch.promote_types(grad.dtype, torch.float32)
         grad_weight = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
-            [False, True, False],
+            grad.to(wide), x.to(wide), weight.to(wide), None, [stride] * 2, [padding] * 2, [1, 1], False,
+            [0, 0], groups, [False, True, False],
         )[1]  # fmt: skip
     if of_x:
         if stride > 1:
-            spread = torch.zeros_like(x, memory_format=torch.channels_last)
+            spread = torch.zeros_like(x, dtype=grad.dtype, memory_format=torch.channels_last)
             spread[:, :, ::stride, ::stride] = grad
             grad = spread
-        grad_x = F.conv2d(grad, weight.flip(2, 3), None, 1, padding, groups=groups)
+        grad_x = F.conv2d(grad, weight.to(grad.dtype).flip(2, 3), None, 1, padding, groups=groups)
     return grad_x, grad_weight
 
 
@@ -138,21 +138,21 @@ class _MixAndProject(torch.autograd.Function):
         z = F.silu(norm(convolved), inplace=True)
         if stride == 1:
             z.add_(e)
-        ctx.save_for_backward(x, convolved, kernel, gamma, beta, projection)
-        ctx.act, ctx.norm, ctx.stride = act, norm, stride
+        of_batch = norm.training or norm.running_mean is None
+        statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        ctx.save_for_backward(x, convolved, kernel, gamma, beta, projection, *statistics)
+        ctx.act, ctx.eps, ctx.of_batch, ctx.stride = act, norm.eps, of_batch, stride
         return F.linear(z.permute(0, 2, 3, 1), projection)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, convolved, kernel, gamma, beta, projection = ctx.saved_tensors
-        norm, dtype = ctx.norm, grad.dtype
+        x, convolved, kernel, gamma, beta, projection, *statistics = ctx.saved_tensors
+        dtype = grad.dtype
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (convolved, gamma, beta) if t is not None]
-            use_batch = norm.training or norm.running_mean is None
-            statistics = (None, None) if use_batch else (norm.running_mean, norm.running_var)
             affine = inputs[1:] or (None, None)
-            local = F.silu(F.batch_norm(inputs[0], *statistics, *affine, use_batch, 0.0, norm.eps))
+            local = F.silu(F.batch_norm(inputs[0], *statistics, *affine, ctx.of_batch, 0.0, ctx.eps))
         with torch.no_grad():
             e = ctx.act(x).permute(0, 3, 1, 2)
             z = local + e if ctx.stride == 1 else local
