@@ -48,10 +48,11 @@ engine = [
     'setuptools<82',
 ]
 cls = [*engine, 'mmpretrain>=1.2.0,<2']
+kd = [*cls, 'timm>=1.0.7,<2']
 det = [*engine, 'mmdet>=3.3.0,<4', 'pycocotools']
 seg = [*engine, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex']
 demo = [*cls, *det, 'matplotlib', 'rich', 'scikit-image', 'scikit-learn']
-dev = [*demo, *seg, 'codespell', 'pre-commit', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff']
+dev = [*demo, *kd, *seg, 'codespell', 'pre-commit', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff']
 
 setup(
     name='emo2_mm',
@@ -72,6 +73,7 @@ setup(
     install_requires=['torch>=2.1'],
     extras_require={
         'cls': cls,
+        'kd': kd,
         'det': det,
         'seg': seg,
         'demo': sorted(set(demo)),

@@ -80,6 +80,11 @@ def test_trains_for_a_step(name: str, tmp_path: Path) -> None:
     write_data(tmp_path / 'data', images=2)
     read_tiny_data(cfg, tmp_path / 'data')
     cfg.model.backbone.init_cfg = None
+    if 'teacher' in cfg.model:
+        from teacher import write_teacher
+
+        cfg.model.teacher = write_teacher(tmp_path, cfg.model.head.num_classes)
+        cfg.model.teacher_size = SIDE
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=1)
     train.apply_args(cfg, Namespace(no_validate=True, amp=False, auto_scale_lr=False, resume=None))
     cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
@@ -163,7 +168,7 @@ def test_drop_path_and_window_follow_the_published_recipes() -> None:
         backbone = load(name).model.backbone
         if '/demo/' not in name:
             assert backbone.drop_path_rate == rates[backbone.arch]
-            assert backbone.window_size == (7 if '/cls/' in name else 10)
+            assert backbone.window_size == (8 if '_256' in name else 7 if '/cls/' in name else 10)
 
 
 RECIPES = {
@@ -197,6 +202,31 @@ def test_recipes_are_the_published_ones(name: str) -> None:
     if backbone.arch != '20m' or '/det/' not in name:  # which has no weights to keep
         assert backbone.get('frozen_stages', -1) == frozen
         assert backbone.get('norm_eval', False) == norm_eval
+
+
+@pytest.mark.parametrize('name', [c for c in CONFIGS if '/cls/' in c])
+def test_sizes_of_images_to_classify(name: str) -> None:
+    cfg = load(name)
+    (choice,) = (t for t in cfg.train_dataloader.dataset.pipeline if t.type == 'RandomChoice')
+    assert {(crop.type, crop.scale) for (crop,) in choice.transforms} == {
+        ('RandomResizedCrop', 512 if '_512' in name else 256 if '_256' in name else 224)
+    }
+    side = 256 if '_256' in name else 224
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        resize, crop = loader.dataset.pipeline[1:3]
+        assert (resize.type, resize.edge, resize.interpolation) == ('ResizeEdge', 'short', 'bicubic')
+        assert (resize.scale, crop.crop_size) == (int(side / 0.875), side)
+
+
+def test_distillation_follows_the_published_recipe() -> None:
+    names = [c for c in CONFIGS if c.endswith('_kd.py')]
+    assert [Path(n).stem for n in names] == [f'emo2_{n}_kd' for n in ('1m', '2m', '5m_512', '5m')]
+    for name in names:
+        model = load(name).model
+        assert model.teacher.model_name == 'tresnet_v2_l.miil_in21k_ft_in1k'
+        assert model.teacher.pretrained is True
+        assert (model.distill_weight, model.teacher_size) == (5.0, 224)
+        assert model.get('train_window_size') == (8 if '_512' in name else None)
 
 
 @pytest.mark.parametrize('method', ['fpn', 'segformer'])
