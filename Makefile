@@ -14,24 +14,28 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format clean
+.PHONY: help env demo demo-all test test-all lint format clean
 
 help:
 	@echo 'make env       set up $(VENV), the environment of all the others (steps done before are skipped)'
 	@echo 'make demo      train a digit detector on this machine, evaluate and draw it: work_dirs/demo'
+	@echo 'make demo-all  train every method briefly from its real config: work_dirs/demo/all'
 	@echo 'make test      lint and the fast tests; with SLOW=1, or make test-all, the slow ones, too'
 	@echo 'make lint      ruff, codespell (through pre-commit)'
 	@echo 'make format    let ruff mend what it can'
 	@echo 'make clean     remove $(VENV), caches and build products; data and results stay'
 	@echo
 	@echo 'Variables: STACK=$(STACK) (known: $(STACKS)), PYTHON=path of a Python 3.8 - 3.11, GPU=0 to do without one,'
-	@echo '           JOBS=$(JOBS) test processes, ARGS=more arguments for pytest or the demo'
+	@echo '           JOBS=$(JOBS) test processes, ARGS=more arguments for pytest or the demos'
 
 env:
 	@tools/make_env.sh
 
 demo: env
 	@$(BIN)/python tools/demo/run.py $(ARGS)
+
+demo-all: env
+	@$(BIN)/python tools/demo/run.py --all $(ARGS)
 
 # pre-commit works on what git tracks; a source archive has no git.
 lint: env

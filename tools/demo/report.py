@@ -24,39 +24,83 @@ SCORE = 0.4  # predictions below are not drawn
 COLOURS = plt.get_cmap('tab10').colors
 
 
-def read_log(work_dir: Path, train_key: str, val_keys: Sequence[str]) -> dict[str, Any]:
-    """Curves of a training run, also one that was interrupted: key -> list of (training step, value)."""
-    lines: list[dict[str, Any]] = []
+def read_lines(work_dir: Path, key: str) -> list[dict[str, Any]]:
+    """What a training run, also one that was interrupted, logged with a key, by step."""
+    lines = {}
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        lines += [json.loads(line) for line in file.read_text().splitlines()]
-    # a resumed run repeats the steps after its last checkpoint: the later value counts
-    train = {x['step']: x for x in lines if train_key in x}
-    curves = {train_key: [(step, train[step][train_key]) for step in sorted(train)]}
-    steps_an_epoch = max(train) / train[max(train)]['epoch']
+        for line in map(json.loads, file.read_text().splitlines()):
+            if key in line:
+                # a resumed run repeats the steps after its last checkpoint: the later value counts
+                lines[line['step']] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def read_log(work_dir: Path, train_key: str, val_keys: Sequence[str]) -> dict[str, Any]:
+    """Curves of a training run that counts epochs: key -> list of (training step, value)."""
+    train = read_lines(work_dir, train_key)
+    curves = {train_key: [(x['step'], x[train_key]) for x in train]}
+    steps_an_epoch = train[-1]['step'] / train[-1]['epoch']
     for key in val_keys:  # a validation logs the epoch as its step
-        values = {x['step']: x[key] for x in lines if key in x}
-        curves[key] = [(epoch * steps_an_epoch, values[epoch]) for epoch in sorted(values)]
+        curves[key] = [(x['step'] * steps_an_epoch, x[key]) for x in read_lines(work_dir, key)]
     return curves
 
 
-def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[tuple[Any, int, str]]) -> None:
-    ax.imshow(image)
+def show_image(ax: Any, image: Any, **kwargs: Any) -> None:
+    ax.imshow(image, **kwargs)
     ax.set_xticks([])
     ax.set_yticks([])
-    for (x, y, w, h), label, text in boxes:
-        colour = COLOURS[label]
-        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=1.8))
-        at_right = x > 0.75 * image.width  # the label stays within the picture
-        ax.text(
-            x + w if at_right else x,
-            max(y - 2, 13),
+
+
+def draw_labels(ax: Any, boxes: Sequence[tuple[Any, int, str]]) -> None:
+    """Label boxes (x, y, w, h), class, text; each where it hides the least, within the picture."""
+    ax.apply_aspect()
+    to_data = ax.transData.inverted()
+    x0, x1 = sorted(ax.get_xlim())
+    y0, y1 = sorted(ax.get_ylim())
+    taken: list[tuple[float, float, float, float]] = []
+    for number, ((x, y, w, h), label, text) in enumerate(boxes):
+        words = ax.text(
+            x,
+            y,
             text,
             fontsize=8,
             color='white',
-            ha='right' if at_right else 'left',
             va='bottom',
-            bbox=dict(facecolor=colour, edgecolor='none', pad=1.2),
+            bbox=dict(facecolor=COLOURS[label], edgecolor='none', pad=1.2),
         )
+        inner = words.get_window_extent()
+        words.update_bbox_position_size(ax.figure.canvas.get_renderer())
+        outer = words.get_bbox_patch().get_window_extent()
+        width, height = abs(np.diff(to_data.transform(outer), axis=0))[0]
+        others = [box for i, (box, _, _) in enumerate(boxes) if i != number]
+
+        def cost(place: tuple[float, float]) -> float:
+            spot = (*place, width, height)  # noqa: B023
+            return 9 * sum(overlap(spot, t) for t in taken) + sum(overlap(spot, o) for o in others)  # noqa: B023
+
+        # above, below, beside, inside; the first of the best
+        lefts, tops = (x, x + w - width), (y - height - 1, y + h + 1)
+        places = [(left, top) for top in tops for left in lefts]
+        places += [(left, top) for left in (x - width - 1, x + w + 1) for top in (y, y + h - height)]
+        places += [(left, top) for left in lefts for top in (y, y + h - height)]
+        places = [(min(max(left, x0), x1 - width), min(max(top, y0), y1 - height)) for left, top in places]
+        left, top = min(places, key=cost)
+        taken.append((left, top, width, height))
+        margin = (width - abs(np.diff(to_data.transform(inner), axis=0))[0][0]) / 2
+        words.set_position((left + margin, top + height - margin))
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Common area of two boxes (x, y, w, h)."""
+    w, h = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    return max(w, 0) * max(h, 0)
+
+
+def draw_boxes(ax: Any, image: Image.Image, boxes: Sequence[tuple[Any, int, str]]) -> None:
+    show_image(ax, image)
+    for (x, y, w, h), label, _ in boxes:
+        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=COLOURS[label], linewidth=1.8))
+    draw_labels(ax, boxes)
 
 
 def draw_predictions(path: Path, coco: COCO, found: COCO, folder: Path, title: str) -> None:
@@ -144,7 +188,8 @@ def main() -> None:
     metrics = read_metrics(out / 'test-detect')
     top1 = read_metrics(out / 'test-classify')['accuracy/top1']
     steps = json.loads((out / 'steps.json').read_text())
-    seconds = {name: step['seconds'] for name, step in steps.items() if name != 'report'}
+    names = ('data', 'classify', 'detect', 'test-classify', 'test-detect')
+    seconds = {name: steps[name]['seconds'] for name in names}
 
     coco = COCO(str(args.data / 'coco/annotations/val.json'))
     found = coco.loadRes(str(out / 'test-detect/predictions.bbox.json'))

@@ -2,6 +2,9 @@
 
 Each step calls the project's own tools with shipped configs. Finished steps are not done again; an
 interrupted one goes on from its last checkpoint.
+
+With --all every method trains briefly from its real config, which shrink.py makes smaller: SSDLite,
+RetinaNet, Mask R-CNN, DeepLabv3, Semantic FPN, SegFormer, PSPNet and a distilled classifier.
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ from typing import Any, Callable, NamedTuple, TextIO
 
 from mmengine.config import Config
 from rich.console import Console
+from rich.table import Table
+from shrink import CLASSIFIER as CLASSIFY
+from shrink import METHODS, Method, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path('work_dirs/demo')
+ALL = OUT / 'all'  # what only --all makes
 DATA = Path('data/digits')
-CLASSIFY = 'configs/demo/emo2_1m_digits.py'
 DETECT = 'configs/demo/retinanet_emo2_1m_digits.py'
 PROGRESS = re.compile(
-    r'Epoch\((train|val|test)\)\s+(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\](?:.*?eta: (\S+))?(?:.*?\bloss: (\S+))?'
+    r'(?:Epoch|Iter)\((train|val|test)\)\s+(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\]'
+    r'(?:.*?eta: (\S+))?(?:.*?\bloss: (\S+))?'
 )
 
 
@@ -42,10 +49,13 @@ class Step(NamedTuple):
     command: list[str]
     inputs: list[str]
     made: list[Path]  # removed before the step is begun anew
+    needs: tuple[str, ...]  # names of the steps whose results it takes
 
 
 def last_checkpoint(config: str, work_dir: Path) -> str:
-    return str(work_dir / f'epoch_{Config.fromfile(config).train_cfg.max_epochs}.pth')
+    loop = Config.fromfile(config).train_cfg
+    name = f'epoch_{loop.max_epochs}' if 'max_epochs' in loop else f'iter_{loop.max_iters}'
+    return str(work_dir / f'{name}.pth')
 
 
 def make_steps() -> list[Step]:
@@ -58,6 +68,7 @@ def make_steps() -> list[Step]:
             ['tools/demo/make_digits.py', str(DATA)],
             ['tools/demo/make_digits.py'],
             [DATA / 'coco', DATA / 'folders'],
+            (),
         ),
         Step(
             'classify',
@@ -66,6 +77,7 @@ def make_steps() -> list[Step]:
             ['tools/train.py', CLASSIFY, '--work-dir', str(classify), '--resume'],
             [CLASSIFY],
             [classify],
+            ('data',),
         ),
         Step(
             'detect',
@@ -74,6 +86,7 @@ def make_steps() -> list[Step]:
             ['tools/train.py', DETECT, '--work-dir', str(detect), '--resume'],
             [DETECT],
             [detect],
+            ('classify',),
         ),
         Step(
             'test-classify',
@@ -83,6 +96,7 @@ def make_steps() -> list[Step]:
             + ['--work-dir', str(OUT / 'test-classify')],
             [],
             [OUT / 'test-classify'],
+            ('classify',),
         ),
         Step(
             'test-detect',
@@ -93,6 +107,7 @@ def make_steps() -> list[Step]:
             + ['--cfg-options', f'test_evaluator.outfile_prefix={OUT}/test-detect/predictions'],
             [],
             [OUT / 'test-detect'],
+            ('detect',),
         ),
         Step(
             'report',
@@ -101,13 +116,64 @@ def make_steps() -> list[Step]:
             ['tools/demo/report.py', str(OUT), '--data', str(DATA)],
             ['tools/demo/report.py'],
             [OUT / 'predictions.png', OUT / 'curves.png', OUT / 'results.json'],
+            ('test-classify', 'test-detect'),
         ),
     ]
 
 
-def fingerprint(step: Step, before: str) -> str:
-    """A hash of all that a step's result depends on: its command, files and the step before it."""
-    parts = [before, *step.command]
+def make_method_steps(name: str, method: Method) -> list[Step]:
+    """Training and test of a method, of which it writes the config that they read."""
+    config, train, test = ALL / f'configs/{name}.py', ALL / name, ALL / f'test-{name}'
+    config.parent.mkdir(parents=True, exist_ok=True)
+    pretrained = last_checkpoint(CLASSIFY, OUT / 'classify')
+    shrink(method, DATA, pretrained).dump(config)
+    if '/det/' in method.config:
+        keep = ['--cfg-options', f'test_evaluator.outfile_prefix={test}/predictions']
+    else:
+        keep = ['--out', str(test / ('predictions.pkl' if '/cls/' in method.config else 'maps'))]
+    return [
+        Step(
+            name,
+            f'{method.title} learns {method.steps} steps of {method.batch} images from {method.config}',
+            method.minutes,
+            ['tools/train.py', str(config), '--work-dir', str(train), '--resume'],
+            [str(config)],
+            [train],
+            ('classify',),
+        ),
+        Step(
+            f'test-{name}',
+            f'evaluate {method.title} on held-out digits',
+            0.3,
+            ['tools/test.py', str(config), last_checkpoint(str(config), train)]
+            + ['--work-dir', str(test), *keep],
+            [],
+            [test],
+            (name,),
+        ),
+    ]
+
+
+def make_all_steps() -> list[Step]:
+    """Data and classifier of the demo, each method, and their report."""
+    steps = make_steps()[:2]
+    for name, method in METHODS.items():
+        steps += make_method_steps(name, method)
+    report = Step(
+        'report-all',
+        'draw predictions of all',
+        0.3,
+        ['tools/demo/report_all.py', str(OUT), '--data', str(DATA)],
+        ['tools/demo/report_all.py', 'tools/demo/report.py'],
+        [ALL / 'results.json'],
+        tuple(f'test-{name}' for name in METHODS),
+    )
+    return [*steps, report]
+
+
+def fingerprint(step: Step, before: list[str]) -> str:
+    """A hash of all that a step's result depends on: its command, its files and the steps ``before``."""
+    parts = [*before, *step.command]
     for name in step.inputs:
         parts.append(Config.fromfile(name).dump() if 'configs' in name else Path(name).read_text())
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
@@ -135,7 +201,8 @@ def progress_of(line: str) -> str:
     if not found:
         return ''
     mode, epoch, step, steps, left, loss = found.groups()
-    parts = [f'epoch {epoch}' if mode == 'train' else 'evaluation', f'step {step} of {steps}']
+    parts = ['evaluation'] if mode != 'train' else [f'epoch {epoch}'] if epoch else []
+    parts.append(f'step {step} of {steps}')
     if loss:
         parts.append(f'loss {float(loss):.3f}')
     if left and mode == 'train':
@@ -198,19 +265,20 @@ def hold_lock(console: Console) -> TextIO:
 
 
 def run_steps(steps: list[Step], console: Console, again: bool = False) -> None:
-    """Run the steps that are not done, or done with other inputs; all that follow one, too."""
+    """Run the steps that are not done, or done with other inputs; all that need one, too."""
     lock = hold_lock(console)
-    if again:
-        remove(OUT / 'steps.json')
     record = Record(OUT / 'steps.json')
-    before = ''
+    if again:
+        for step in steps:
+            record.steps.pop(step.name, None)
+    prints: dict[str, str] = {}
     for number, step in enumerate(steps, 1):
-        before = fingerprint(step, before)
+        current = prints[step.name] = fingerprint(step, [prints[name] for name in step.needs])
         done = record.steps.get(step.name, {})
         mark = f'[{number}/{len(steps)}] {step.title}'
         if done.get('finished') and not all(path.exists() for path in step.made):
             done = {}
-        if done.get('fingerprint') != before:  # new, lost, or its inputs have changed
+        if done.get('fingerprint') != current:  # new, lost, or its inputs have changed
             done = {}
             for path in step.made:
                 remove(path)
@@ -219,7 +287,7 @@ def run_steps(steps: list[Step], console: Console, again: bool = False) -> None:
             continue
         console.print(f'{mark} (about {step.minutes:g} min on 2 cores)', markup=False)
         begun = time.monotonic() - done.get('seconds', 0.0)
-        save = partial(record.save, step.name, before, begun)
+        save = partial(record.save, step.name, current, begun)
         save()
         try:
             execute(step, console, lock, tick=save)
@@ -228,17 +296,34 @@ def run_steps(steps: list[Step], console: Console, again: bool = False) -> None:
         save(finished=True)
 
 
+def print_all(console: Console) -> None:
+    """The results of all methods as a table."""
+    results = json.loads((ALL / 'results.json').read_text())
+    header, *rows = results['table']
+    table = Table(title=results['title'])
+    for number, name in enumerate(header):
+        table.add_column(name, justify='right' if number >= results['text_columns'] else 'left')
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False)
+    console.print(results['summary'], markup=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('--all', action='store_true', help='train every method instead of the one detector')
     parser.add_argument('--again', action='store_true', help='do all steps again')
     args = parser.parse_args()
 
     console = Console(highlight=False, soft_wrap=True)
-    run_steps(make_steps(), console, args.again)
-    results = json.loads((OUT / 'results.json').read_text())
-    console.print(results['summary'], markup=False)
+    run_steps(make_all_steps() if args.all else make_steps(), console, args.again)
+    if args.all:
+        print_all(console)
+    else:
+        results = json.loads((OUT / 'results.json').read_text())
+        console.print(results['summary'], markup=False)
 
 
 if __name__ == '__main__':
