@@ -38,6 +38,11 @@ def build_batch_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
     return norm.requires_grad_(requires_grad)
 
 
+def normalises_alone(norm: nn.Module) -> bool:
+    """Whether this is a batch norm that does not ask other processes for their statistics."""
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+
+
 def channels_first(module: nn.Module, x: Tensor) -> Tensor:
     """Apply a (B, C, H, W) module to a (B, H, W, C) map. Both permutations are views, not copies."""
     return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -135,7 +140,7 @@ class I2RMB(nn.Module):
     def branch(self, x: Tensor) -> Tensor:
         """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
-        if trains_on_cpu(y) and type(self.depthwise_norm) is nn.BatchNorm2d:
+        if trains_on_cpu(y) and normalises_alone(self.depthwise_norm):
             attends = isinstance(self.expand, SEWMHSA)
             y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
             y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)

@@ -46,11 +46,10 @@ tools/dist_train.sh CONFIG 8
 tools/dist_test.sh CONFIG CHECKPOINT 8
 ```
 
-The authors release ImageNet weights of 1M, 2M and 5M only; this project hosts none. They are linked below as on
-the authors' page, untried here;
-[what they may be used for](README.md#weights) is up to the authors. Detectors and segmentors start from the
-file named, in `checkpoints/`. Weights of 20M are not released: its configs start from random ones and
-cannot repeat what is reported, which is with them.
+The authors release ImageNet weights of 1M, 2M and 5M only; this project hosts none. They are linked below as
+on the authors' page, untried here; [what they may be used for](README.md#weights) is up to the authors.
+Detectors and segmentors start from the file named, in `checkpoints/`. Weights of 20M are not released: its
+configs start from random ones and cannot repeat what is reported, which is with them.
 
 ## Classification on ImageNet-1K
 
