@@ -19,7 +19,7 @@ from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
 from .depthwise import DepthwiseConv2d, mix_and_project
 from .inference import SiLU, add, by_strips
-from .modes import trains_on_cpu
+from .modes import is_hooked, trains_on_cpu
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -41,6 +41,12 @@ def build_batch_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
 def normalises_alone(norm: nn.Module) -> bool:
     """Whether this is a batch norm that does not ask other processes for their statistics."""
     return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+
+
+def depends_on_batch(*modules: nn.Module) -> bool:
+    """Whether a batch norm in modules asks for the statistics of whole maps."""
+    norms = [part for m in modules for part in m.modules() if isinstance(part, _BatchNorm)]
+    return any(norm.training or norm.running_mean is None for norm in norms)
 
 
 def channels_first(module: nn.Module, x: Tensor) -> Tensor:
@@ -140,7 +146,8 @@ class I2RMB(nn.Module):
     def branch(self, x: Tensor) -> Tensor:
         """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
-        if trains_on_cpu(y) and normalises_alone(self.depthwise_norm):
+        alone = normalises_alone(self.depthwise_norm) and not is_hooked(*self.children())
+        if alone and trains_on_cpu(y):
             attends = isinstance(self.expand, SEWMHSA)
             y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
             y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)
@@ -152,13 +159,15 @@ class I2RMB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
-        if isinstance(self.expand, SEWMHSA):  # distant windows span the whole map
+        parts = list(self.children())
+        whole = isinstance(self.expand, SEWMHSA) or is_hooked(*parts) or depends_on_batch(*parts)
+        if whole:
             y = self.branch(x)
         else:
             y = by_strips(self.branch, x, self.stride, 2, x.shape[2] * self.depthwise.in_channels)
         return add(self.drop_path(y), x) if self.residual else y
 
-    def switch_to_deploy(self) -> None:
+    def fold(self) -> None:
         """Fold batch norms and layer scale; see :meth:`EMOv2.switch_to_deploy`."""
         fold_following_norm(self.depthwise, self.depthwise_norm)
         self.depthwise_norm = nn.Identity()
@@ -341,7 +350,10 @@ class EMOv2(BaseModule):
         if x.ndim != 4:
             raise ValueError(f'images have the shape {tuple(x.shape)}; give (B, C, H, W)')
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        x = by_strips(self._stem, x, 2, 4, x.shape[2] * self.stem.conv.out_channels)
+        if is_hooked(self.stem) or depends_on_batch(self.stem):
+            x = self._stem(x)
+        else:
+            x = by_strips(self._stem, x, 2, 4, x.shape[2] * self.stem.conv.out_channels)
         outs = []
         for i, stage in enumerate(self.stages):
             for block in stage:
@@ -417,7 +429,7 @@ class EMOv2(BaseModule):
         fold_following_norm(self.stem.depthwise, self.stem.depthwise_norm)
         self.stem.norm = self.stem.depthwise_norm = nn.Identity()
         for block in chain(*self.stages):
-            block.switch_to_deploy()
+            block.fold()
         # the first block has no residual: nothing but its linear layer follows the stem's
         expand, project = self.stages[0][0].expand.linear, self.stem.project
         expand.weight.data = expand.weight.data @ project.weight.data[:, :, 0, 0]

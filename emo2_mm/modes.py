@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)  # torch 2.1 has the latter
 
@@ -11,6 +11,11 @@ _is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compilin
 def is_traced() -> bool:
     """Whether operations are recorded (exported, counted, compiled): then they shall be the plain ones."""
     return torch.jit.is_tracing() or _is_compiling()
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether hooks watch or change what modules or their parts compute: then each shall be called once."""
+    return any(part._forward_pre_hooks or part._forward_hooks for m in modules for part in m.modules())
 
 
 def runs_on_cpu(x: Tensor) -> bool:

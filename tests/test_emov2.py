@@ -1,8 +1,9 @@
-"""The backbone: exactness, shapes, arguments, freezing, recomputation."""
+"""The backbone: exactness on every way through it, shapes, arguments, freezing, recomputation."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
@@ -25,9 +26,19 @@ CASES = golden_cases()
 
 
 def tiny(seed: int = 0, **kwargs: Any) -> EMOv2:
-    """A small backbone in which every branch counts: layer scale 0.5, no statistic at its default."""
+    """A small backbone in which every weight and statistic counts: see :func:`visible`."""
     torch.manual_seed(seed)
-    model = EMOv2(TINY, layer_scale_init_value=0.5, window_size=3, **kwargs)
+    return visible(EMOv2(TINY, window_size=3, **kwargs))
+
+
+@torch.no_grad()
+def visible(model: EMOv2) -> EMOv2:
+    """Draw what begins as a constant: layer scale, weights, biases and statistics of norms."""
+    for name, p in model.named_parameters():
+        if name.endswith('layer_scale'):
+            nn.init.uniform_(p, 0.3, 0.7)
+        elif 'norm' in name and not name.startswith('norm'):  # the final one, alone, keeps its defaults
+            nn.init.normal_(p, float(name.endswith('weight')), 0.1)
     for norm in model.modules():
         if isinstance(norm, _BatchNorm) and norm.track_running_stats:
             nn.init.normal_(norm.running_mean, std=0.1)
@@ -51,31 +62,264 @@ def name_of(case: dict[str, Any]) -> str:
     return f'{case["arch"]}-{case["size"][0]}x{case["size"][1]}'
 
 
-class TestGolden:
-    @pytest.mark.parametrize('case', CASES, ids=name_of)
-    def test_outputs(self, case: dict[str, Any]) -> None:
-        model, weights = golden_model(case)
-        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
-        with torch.no_grad():
-            logits = logits_of(model, weights, x)
-            model.norm = None  # recorded without it
-            maps = (model.stem(x), *model(x))
-        assert relative_error(logits, case['logits']) < 1e-5
-        for i, record in enumerate(case.get('features', {}).values()):
-            assert relative_error(maps[i], record) < 1e-5
+@pytest.fixture
+def plain_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it to take, on the CPU of the tests, the way of GPUs, of compiled and of recorded networks."""
+    return lambda: monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
 
-    @pytest.mark.parametrize('case', [c for c in CASES if 'param_grad' in c], ids=name_of)
-    def test_gradients(self, case: dict[str, Any]) -> None:
-        model, weights = golden_model(case)
-        weights['head.fc.bias'].requires_grad_()
-        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
-        logits = logits_of(model, weights, x)
-        logits.backward(normal(logits.shape, case['seed'] + 2))
-        own = dict(model.named_parameters(), **{'head.fc.bias': weights['head.fc.bias']})
-        assert relative_error(x.grad, case['input_grad']) < 1e-4
-        for published, record in case['param_grad'].items():
-            (name,) = find_state_dict({published: torch.zeros(1)})
-            assert relative_error(own[name].grad.reshape(record['shape']), record) < 1e-4
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def compiled(model: EMOv2, backend: str | None) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    return torch.compile(model, backend=backend, fullgraph=True) if backend else model
+
+
+def check_outputs(case: dict[str, Any], way: str, backend: str | None = None) -> None:
+    model, weights = golden_model(case)
+    x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
+    with torch.no_grad():
+        stem = model.stem(x)
+        if 'deployed' in way:
+            model.switch_to_deploy()
+        logits = logits_of(compiled(model, backend), weights, x)
+        model.norm = None  # recorded without it
+        torch._dynamo.reset()  # torch 2.1 does not notice
+        maps = (stem, *compiled(model, backend)(x))
+    assert relative_error(logits, case['logits']) < 1e-5
+    for i, record in enumerate(case.get('features', {}).values()):
+        assert relative_error(maps[i], record) < 1e-5
+
+
+def check_gradients(case: dict[str, Any], way: str, backend: str | None = None) -> None:
+    model, weights = golden_model(case)
+    if 'deployed' in way:
+        model.switch_to_deploy()
+    weights['head.fc.bias'].requires_grad_()
+    x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
+    logits = logits_of(compiled(model, backend), weights, x)
+    assert relative_error(logits, case['logits']) < 1e-5
+    logits.backward(normal(logits.shape, case['seed'] + 2))
+    assert relative_error(x.grad, case['input_grad']) < 1e-4
+    if 'deployed' in way:
+        return  # its parameters are others, and fixed
+    own = dict(model.named_parameters(), **{'head.fc.bias': weights['head.fc.bias']})
+    for published, record in case['param_grad'].items():
+        (name,) = find_state_dict({published: torch.zeros(1)})
+        assert relative_error(own[name].grad.reshape(record['shape']), record) < 1e-4
+
+
+SMALLEST = min(CASES, key=lambda case: case['size'])
+TRAINED = [case for case in CASES if 'param_grad' in case]
+FREEZABLE = ['norm', 'depthwise.', 'depthwise', 'project', 'linear', 'qk', 'v.', 'bias', 'layer_scale']
+FREEZABLE += ['stem', 'stages']
+WAYS = ('eager', 'plain', 'deployed', 'deployed plain')
+
+
+@pytest.mark.parametrize('way', WAYS)
+class TestGolden:
+    @pytest.fixture(autouse=True)
+    def _take(self, way: str, plain_way: Callable[[], None]) -> None:
+        if 'plain' in way:
+            plain_way()
+
+    @pytest.mark.parametrize('case', CASES, ids=name_of)
+    def test_outputs(self, case: dict[str, Any], way: str) -> None:
+        check_outputs(case, way)
+
+    @pytest.mark.parametrize('case', TRAINED, ids=name_of)
+    def test_gradients(self, case: dict[str, Any], way: str) -> None:
+        check_gradients(case, way)
+
+
+@pytest.mark.parametrize('way', ['eager', 'deployed'])
+class TestCompiled:
+    """``torch.compile`` takes the whole forward pass, as one graph."""
+
+    @pytest.fixture(autouse=True)
+    def _reset(self) -> Iterator[None]:
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def test_a_small_one(self, way: str) -> None:
+        torch.manual_seed(0)
+        model = visible(EMOv2(dict(TINY, depths=(1, 1, 2, 1)), window_size=3)).eval()
+        if way == 'deployed':
+            model.switch_to_deploy()
+        x = torch.rand(2, 3, 50, 40)
+        with torch.no_grad():
+            for a, b in zip(compiled(model, 'eager')(x), model(x)):
+                assert relative(a, b) < 1e-5
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+    def test_golden(self, way: str, backend: str) -> None:
+        check_outputs(SMALLEST, way, backend)
+        check_gradients(TRAINED[0], way, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compiled_training(backend: str) -> None:
+    torch._dynamo.reset()
+    x, results = torch.rand(2, 3, 64, 70), []
+    for chosen in (None, backend):
+        model = tiny(final_norm=True).train()
+        maps = compiled(model, chosen)(x)
+        sum(m.square().mean() for m in maps).backward()
+        results.append((maps, [p.grad for p in model.parameters()], list(model.buffers())))
+    for ours, theirs in zip(*results):
+        scale = max(t.abs().max() for t in ours).item()  # some gradients are 0, but for rounding
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * scale)
+
+
+class Adapted(nn.Module):
+    """A linear layer and what is trained beside it; it has no weight or bias of its own."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = nn.Parameter(torch.full_like(layer.weight[:, 0], 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale + 0.1
+
+
+class TestWays:
+    """What a CPU computes in its own way equals the plain way, in double precision."""
+
+    @staticmethod
+    def results(model: EMOv2, x: Tensor) -> dict[str, Tensor]:
+        """Maps, gradients and statistics after two steps."""
+        found = {}
+        for step in range(2):
+            model.zero_grad()
+            torch.manual_seed(step)  # of drop path
+            maps = model(x)
+            sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+        found = {f'map {i}': m for i, m in enumerate(maps)}
+        found.update({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        found.update({n: b.double() for n, b in model.named_buffers()})
+        if x.requires_grad:
+            found['x'], x.grad = x.grad, None
+        return found
+
+    @pytest.mark.parametrize(
+        'kwargs',
+        [
+            {},
+            dict(with_cp=True),
+            dict(drop_path_rate=0.5),
+            dict(with_cp=True, drop_path_rate=0.5, frozen_stages=0),
+            dict(norm_eval=True),
+            dict(frozen_stages=3),
+            dict(norm_cfg=dict(type='BN', requires_grad=False)),
+            dict(norm_cfg=dict(type='BN', affine=False)),
+            dict(norm_cfg=dict(type='BN', momentum=None)),
+            dict(norm_cfg=dict(type='BN', track_running_stats=False), with_cp=True),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize('training', [True, False])
+    def test_arguments(self, training: bool, kwargs: dict[str, Any], plain_way: Callable[[], None]) -> None:
+        x = torch.rand(2, 3, 41, 50, dtype=torch.double)
+        self.compare(lambda: tiny(**kwargs).double().train(training), x, plain_way)
+
+    @pytest.mark.parametrize(
+        ('frozen', 'of_x'),
+        [*product(FREEZABLE, (False, True)), ('', True)],  # '': all of them
+    )
+    def test_frozen_weights(self, frozen: str, of_x: bool, plain_way: Callable[[], None]) -> None:
+        """Those whose name holds ``frozen``."""
+
+        def build() -> EMOv2:
+            model = tiny().double().train()
+            for name, p in model.named_parameters():
+                p.requires_grad_(frozen not in name)
+            return model
+
+        x = torch.rand(2, 3, 41, 50, dtype=torch.double, requires_grad=of_x)
+        self.compare(build, x, plain_way)
+
+    def compare(self, build: Callable[[], EMOv2], x: Tensor, plain_way: Callable[[], None]) -> None:
+        before = x.detach().clone()
+        ours = self.results(build(), x)
+        plain_way()
+        theirs = self.results(build(), x)
+        assert torch.equal(x, before)
+        assert ours.keys() == theirs.keys()
+        scale = max(t.abs().max() for t in theirs.values()).item()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11 * scale, msg=name)
+
+    @pytest.mark.parametrize('names', [('qk', 'v'), ('project',), ('linear',)], ids=str)
+    def test_replaced_layers(self, names: tuple[str, ...], plain_way: Callable[[], None]) -> None:
+        """As fine-tuning with low-rank adapters puts modules of its own where linear layers were."""
+
+        def build() -> EMOv2:
+            model = tiny().double().train()
+            for module in list(model.modules()):
+                for name, child in list(module.named_children()):
+                    if name in names and isinstance(child, nn.Linear):
+                        setattr(module, name, Adapted(child))
+            return model
+
+        self.compare(build, torch.rand(2, 3, 41, 50, dtype=torch.double), plain_way)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_a_cpu_does_take_its_own(self, training: bool, plain_way: Callable[[], None]) -> None:
+        def functions(y: Tensor) -> set[str]:
+            found, todo = set(), [y.grad_fn]
+            while todo:
+                node = todo.pop()
+                if node is not None and node not in found:
+                    found.add(node)
+                    todo += [n for n, _ in node.next_functions]
+            return {type(node).__name__ for node in found}
+
+        own = {'AttendBackward', '_MixAndProjectBackward', '_ForwardKernelsOnlyBackward'}
+        model = tiny().train(training)
+        assert own <= functions(model(torch.rand(2, 3, 32, 32))[-1])
+        synchronised = tiny(norm_cfg=dict(type='SyncBN')).eval()  # its forward pass is another
+        assert '_MixAndProjectBackward' not in functions(synchronised(torch.rand(2, 3, 32, 32))[-1])
+        plain_way()
+        assert not own & functions(model(torch.rand(2, 3, 32, 32))[-1])
+
+    @pytest.mark.parametrize('way', WAYS)
+    def test_mixed_precision_of_inference(self, way: str, plain_way: Callable[[], None]) -> None:
+        model, _ = golden_model(SMALLEST)
+        x = normal((2, 3, 64, 80), 0)
+        with torch.no_grad():
+            expected = model(x)
+            if 'deployed' in way:
+                model.switch_to_deploy()
+            if 'plain' in way:
+                plain_way()
+            with torch.autocast('cpu', dtype=torch.bfloat16):
+                maps = model(x)
+        for a, b in zip(maps, expected):
+            assert 1e-5 < relative(a, b) < 3e-2
+
+    @pytest.mark.parametrize('kwargs', [{}, dict(with_cp=True)], ids=str)
+    def test_mixed_precision_of_training(self, kwargs: dict[str, Any], plain_way: Callable[[], None]) -> None:
+        """As near to full precision as the plain way is, with gradients in full precision."""
+        x = torch.rand(4, 3, 64, 80)
+
+        def gradients(narrow: bool) -> Tensor:
+            model = tiny(**kwargs).train()
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=narrow):
+                maps = model(x)
+            sum(m.float().square().mean() for m in maps).backward()
+            assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+            return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+        exact, ours = gradients(False), gradients(True)
+        plain_way()
+        plain = gradients(True)
+        assert 1e-4 < relative(ours, exact) < max(1.5 * relative(plain, exact), 1e-2)
 
 
 class TestForward:
