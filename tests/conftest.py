@@ -1,12 +1,19 @@
-"""Say from time to time how long the tests will still take."""
+"""Keep test modules apart, and say from time to time how long the tests will still take."""
 
 from __future__ import annotations
 
 import time
 
 import pytest
+from mmengine.registry import DefaultScope
 
 INTERVAL = 20  # seconds between two messages
+
+
+@pytest.fixture(autouse=True, scope='module')
+def no_default_scope() -> None:
+    """MMEngine stays in the scope of the last runner; a module shall not begin in that of another."""
+    DefaultScope._instance_dict.clear()
 
 
 class TimeLeft:
