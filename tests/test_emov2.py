@@ -154,10 +154,8 @@ class TestCompiled:
                 assert relative(a, b) < 1e-5
 
     @pytest.mark.slow
-    @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-    def test_golden(self, way: str, backend: str) -> None:
-        check_outputs(SMALLEST, way, backend)
-        check_gradients(TRAINED[0], way, backend)
+    def test_golden(self, way: str) -> None:
+        check_outputs(SMALLEST, way, 'eager')
 
 
 @pytest.mark.slow
