@@ -79,7 +79,8 @@ class SEWMHSA(nn.Module):
         """Map (B, H, W, channels) to (B, H, W, expanded_channels)."""
         _, h, w, c = x.shape
         size, heads = self.window_size, self.heads
-        if runs_on_cpu(x) and not is_hooked(*self.children()):
+        own = type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
+        if own and runs_on_cpu(x) and not is_hooked(*self.children()):
             padding = self.qk.bias[c:], self.v.bias
             return Attend.apply(self.qk(x), self.v(x), *padding, self.act, size, heads)
 

@@ -146,8 +146,9 @@ class I2RMB(nn.Module):
     def branch(self, x: Tensor) -> Tensor:
         """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
+        own = type(self.project) is nn.Linear and type(self.depthwise) is DepthwiseConv2d  # not an adapter
         alone = normalises_alone(self.depthwise_norm) and not is_hooked(*self.children())
-        if alone and trains_on_cpu(y):
+        if own and alone and trains_on_cpu(y):
             attends = isinstance(self.expand, SEWMHSA)
             y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
             y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)
