@@ -1,7 +1,7 @@
 """Checkpoint files read as data: no code of a file runs.
 
-Only torch's zip format is taken: in the older ones torch before 2.6 runs code of the file even under
-``weights_only`` (CVE-2025-32434).
+Taken are safetensors, which can hold nothing but tensors, and torch's zip format: in the older ones torch
+before 2.6 runs code of the file even under ``weights_only`` (CVE-2025-32434).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import warnings
 import zipfile
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,18 +28,19 @@ RESAVE = (
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
-    """Read a file of :func:`torch.save` without running code of it.
+    """Read a file of :func:`torch.save` or of safetensors without running code of it.
 
     Args:
         path: A local path, or an ``http(s)://`` address, downloaded once into torch's cache.
 
     Returns:
-        Plain data, and tensors on the CPU. The logging objects of an MMEngine checkpoint are
-        replaced by empty ones.
+        Plain data, and tensors on the CPU. Numbers of numpy become Python's; its arrays and the logging
+        objects of an MMEngine checkpoint are replaced by empty ones.
 
     Raises:
         OSError: If there is no such file.
         ValueError: If the file is of another kind, is damaged, or needs code to be run.
+        ImportError: If the file is one of safetensors, and that package is not installed.
     """
     local = _download(str(path)) if '://' in str(path) else Path(path).expanduser()
     if local.is_dir():
@@ -49,7 +52,9 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         if problem:
             raise ValueError(f'{local}: {problem}')
         try:
-            return _read_zip(file)
+            return _read_safetensors(local) if _is_safetensors(file) else _read_zip(file)
+        except ImportError:
+            raise
         except Exception as error:  # whatever a damaged or hostile file leads to
             message = f'{type(error).__name__}: {error}'.splitlines()[0]
             raise ValueError(f'{local}: cannot be read: {message}') from error
@@ -71,8 +76,25 @@ def _download(url: str) -> Path:
     return target
 
 
+def _is_safetensors(file: BinaryIO) -> bool:
+    """Whether a file begins with the length of a JSON object and that object."""
+    file.seek(0)
+    return file.read(9)[8:] == b'{'
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f'{path} is a safetensors file: `pip install safetensors` to read it') from error
+    return load_file(path)
+
+
 def _wrong_kind(file: BinaryIO) -> str | None:
-    """Say what a file is, if it is not a zip archive, and what to do."""
+    """Say what a file is, if it is neither safetensors nor a zip archive, and what to do."""
+    if _is_safetensors(file):
+        return None
+    file.seek(0)
     head = file.read(512)
     if head.startswith(b'PK\x03\x04'):
         if zipfile.is_zipfile(file):
@@ -88,9 +110,7 @@ def _wrong_kind(file: BinaryIO) -> str | None:
         return f"torch's old tar format, which cannot be read safely; {RESAVE}"
     if head.startswith(b'\x80'):
         return f"a bare pickle or torch's format before 1.6, which cannot be read safely; {RESAVE}"
-    if head[8:9] == b'{':
-        return 'a safetensors file, which is not supported; save its tensors with torch.save'
-    return f'not a file of torch.save; it starts with {head[:16]!r}'
+    return f'not a file of torch.save or safetensors; it starts with {head[:16]!r}'
 
 
 def _read_zip(file: BinaryIO) -> Any:
@@ -154,6 +174,29 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> A
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
 
 
+class _NumberType:
+    """A dtype of numpy, by its code such as 'f8', without the state that a file may give it."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        self.swapped = isinstance(state, tuple) and '>' in state
+
+
+def _number(kind: Any, data: Any) -> Any:
+    """A number of numpy, as a metric is that was the best so far."""
+    size = NUMBER_FORMATS.get(getattr(kind, 'code', None))
+    if size is None or type(data) is not bytes:
+        return _Dropped()
+    return struct.unpack(('>' if getattr(kind, 'swapped', False) else '<') + size, data)[0]
+
+
+NUMBER_FORMATS = {
+    **{'f8': 'd', 'f4': 'f', 'f2': 'e', 'i8': 'q', 'i4': 'i', 'i2': 'h', 'i1': 'b'},
+    **{'u8': 'Q', 'u4': 'I', 'u2': 'H', 'u1': 'B', 'b1': '?'},
+}
+
 # All that a file may name. What is not here is never imported, so it cannot be called.
 ALLOWED = {
     'collections.OrderedDict': _Dict,
@@ -164,13 +207,13 @@ ALLOWED = {
     '__builtin__.getattr': _Dropped,
     'builtins.getattr': _Dropped,
     'numpy.ndarray': _Dropped,
-    'numpy.dtype': _Dropped,
+    'numpy.dtype': _NumberType,
     'numpy.core.multiarray._reconstruct': _Dropped,
-    'numpy.core.multiarray.scalar': _Dropped,
+    'numpy.core.multiarray.scalar': _Rebuild(_number),
     'numpy._core.multiarray._reconstruct': _Dropped,
-    'numpy._core.multiarray.scalar': _Dropped,
-    '_codecs.encode': _Dropped,
-    'collections.Counter': _Dropped,  # a MultiStepLR of MMEngine or torch
+    'numpy._core.multiarray.scalar': _Rebuild(_number),
+    '_codecs.encode': _Rebuild(lambda text, _: text.encode('latin1')),  # the bytes of a number
+    'collections.Counter': _Rebuild(lambda counts=(): Counter(dict(counts))),  # a MultiStepLR
     'argparse.Namespace': _Dropped,  # timm's arguments
     '__builtin__.set': _Dropped,
     'builtins.set': _Dropped,

@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import pickle
+import sys
 import tarfile
 import threading
 import zipfile
@@ -197,10 +198,30 @@ def test_logging_objects_are_replaced(tmp_path):
     content = read_checkpoint(tmp_path / 'f.pth')
     assert torch.equal(content['state_dict']['a'], torch.ones(2))
     hub = content['hub']
-    left = [hub['log_scalars']['loss'], hub['runtime_info']['best'], hub['runtime_info']['mean']]
-    assert [type(value).__name__ for value in left] == ['_Dropped'] * 3
-    assert [vars(value) for value in left] == [{}] * 3
+    left = [hub['log_scalars']['loss'], hub['runtime_info']['mean']]
+    assert [type(value).__name__ for value in left] == ['_Dropped'] * 2
+    assert [vars(value) for value in left] == [{}] * 2
     assert hub['runtime_info']['epoch'] == 1
+
+
+NUMBERS = [*map(np.float64, (0.5, -2e300)), np.float32(0.1), np.int64(-5), np.uint8(200), np.bool_(True)]
+
+
+@pytest.mark.parametrize('number', NUMBERS, ids=repr)
+def test_numbers_of_numpy_become_plain_ones(number, tmp_path):
+    torch.save({'best': number, 'a': logging_objects()}, tmp_path / 'f.pth')
+    read = read_checkpoint(tmp_path / 'f.pth')['best']
+    assert read == number and type(read) is type(number.item())
+
+
+def test_a_number_of_other_kinds_is_dropped(tmp_path):
+    torch.save({'best': np.complex64(1), 'name': np.str_('a')}, tmp_path / 'f.pth')
+    assert {type(value).__name__ for value in read_checkpoint(tmp_path / 'f.pth').values()} == {'_Dropped'}
+
+
+def test_milestones_are_kept(tmp_path):
+    torch.save({'milestones': Counter([8, 11]), 'a': logging_objects()}, tmp_path / 'f.pth')
+    assert read_checkpoint(tmp_path / 'f.pth')['milestones'] == Counter([8, 11])
 
 
 @pytest.mark.parametrize('core', ['core', '_core'])  # numpy 1 and 2
@@ -220,6 +241,22 @@ def test_shared_storage_is_kept_apart_by_offset_and_stride(tmp_path):
     torch.save({'t': base.t(), 'row': base[1], 'hub': logging_objects()}, tmp_path / 'f.pth')
     content = read_checkpoint(tmp_path / 'f.pth')
     assert torch.equal(content['t'], base.t()) and torch.equal(content['row'], base[1])
+
+
+def test_safetensors(published, reference, tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    safetensors.save_file(published, tmp_path / 'f.safetensors', {'arch': '1m'})
+    init = {'type': 'Pretrained', 'checkpoint': str(tmp_path / 'f.safetensors')}
+    model = EMOv2('1m', final_norm=True, init_cfg=init)
+    model.init_weights()
+    assert_equal(model.state_dict(), reference)
+
+
+def test_safetensors_without_its_package(monkeypatch, tmp_path):
+    (tmp_path / 'f').write_bytes(b'\x40\0\0\0\0\0\0\0{"w":{"dtype":"F32"}}')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(ImportError, match=r'f is a safetensors file: `pip install safetensors` to read it'):
+        read_checkpoint(tmp_path / 'f')
 
 
 def test_unused_parts_are_left_out(published, reference, tmp_path):
@@ -431,7 +468,7 @@ BAD_FILES = {
     'HTML': (b'\n<!DOCTYPE html><html>404</html>', 'a web page'),
     'XML': (b'<?xml version="1.0"?><Error>AccessDenied</Error>', 'a web page'),
     'Git LFS': (b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'git lfs pull'),
-    'safetensors': (b'\x40\0\0\0\0\0\0\0{"w":{"dtype":"F32"}}', 'safetensors'),
+    'cut safetensors': (b'\x40\0\0\0\0\0\0\0{"w":{"dtype":"F32"}}', 'cannot be read: SafetensorError'),
     'text': (b'no weights', "starts with b'no weights'"),
     'npz': (other_zip(), 'cannot be read'),
     'bare pickle': (pickle.dumps({'w': 1}, protocol=4), 'a bare pickle'),

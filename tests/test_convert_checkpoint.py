@@ -50,6 +50,19 @@ def test_every_key_is_the_classifier_s(arch, tmp_path):
     assert os.listdir(tmp_path / 'new') == ['dst.pth']
 
 
+def test_safetensors_hold_the_same(tmp_path):
+    safetensors = pytest.importorskip('safetensors')
+    torch.save({'net': generated_state_dict('1m', 3)}, tmp_path / 'src.pth')
+    for name in ('a.pth', 'b.safetensors'):
+        convert(tmp_path / 'src.pth', tmp_path / name)
+    expected = torch.load(tmp_path / 'a.pth', weights_only=True)
+    with safetensors.safe_open(tmp_path / 'b.safetensors', 'pt') as file:
+        assert file.metadata() == expected['meta']
+        assert set(file.keys()) == set(expected['state_dict'])
+        for name, tensor in expected['state_dict'].items():
+            assert torch.equal(file.get_tensor(name), tensor)
+
+
 @pytest.mark.parametrize('arch', ['1m', '5m'])
 def test_logits_are_the_recorded_ones(arch, tmp_path):
     case = next(c for c in golden_cases() if c['arch'] == arch and c['size'] == [224, 224])

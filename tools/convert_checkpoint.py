@@ -27,7 +27,12 @@ def parse_args() -> argparse.Namespace:
         'A backbone alone needs no conversion: init_cfg takes published files as they are.',
     )
     parser.add_argument('src', metavar='SRC', help='published file (path or http address)')
-    parser.add_argument('dst', metavar='DST', type=Path, help='checkpoint to write')
+    parser.add_argument(
+        'dst',
+        metavar='DST',
+        type=Path,
+        help='checkpoint to write; of safetensors if its name ends in .safetensors, else of torch.save',
+    )
     return parser.parse_args()
 
 
@@ -50,15 +55,26 @@ def convert(src: str, dst: Path) -> str:
     dst.parent.mkdir(parents=True, exist_ok=True)
     part = dst.with_name(f'.{dst.name}.{os.getpid()}')
     try:
-        with part.open('wb') as file:
-            meta = {'arch': arch, 'emo2_mm_version': __version__}
-            torch.save({'meta': meta, 'state_dict': state_dict}, file)
+        meta = {'arch': arch, 'emo2_mm_version': __version__}
+        if dst.suffix == '.safetensors':
+            save_safetensors(state_dict, part, meta)
+        else:
+            with part.open('wb') as file:  # given a path, torch would write its name into the file
+                torch.save({'meta': meta, 'state_dict': state_dict}, file)
         os.replace(part, dst)  # there is never half a file under this name
     finally:
         if part.exists():
             part.unlink()
     classes = len(state_dict['head.fc.bias'])
     return f'{dst}: arch {arch}, {len(state_dict)} tensors, {classes} classes'
+
+
+def save_safetensors(state_dict: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError(f'{path}: `pip install safetensors` to write such a file') from None
+    save_file(state_dict, path, metadata)
 
 
 def main() -> int:
