@@ -480,9 +480,10 @@ def test_methods_train_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     for name in ('tools', 'configs'):
         Path(name).symlink_to(ROOT / name)
-    methods = {
-        name: METHODS[name]._replace(steps=20, batch=2, epochs=2) for name in ('mask-rcnn', 'fpn', 'kd')
-    }
+    short = dict(steps=20, batch=2, epochs=2)
+    methods = {name: METHODS[name]._replace(**short) for name in ('mask-rcnn', 'fpn', 'kd')}
+    methods['mask-rcnn'] = methods['mask-rcnn']._replace(start='classify')
+    methods['fpn'] = methods['fpn']._replace(start='mask-rcnn')
     monkeypatch.setattr(run, 'METHODS', methods)
     monkeypatch.setattr(report_all, 'METHODS', methods)
     *steps, _ = run.make_all_steps()

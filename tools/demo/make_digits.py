@@ -6,7 +6,8 @@ Training and validation share neither a digit nor a photograph.
     OUT/folders/{train,val}/DIGIT/*.jpg     images of one digit, for classification
     OUT/coco/{train,val}/*.jpg              scenes of several digits
     OUT/coco/annotations/{train,val}.json   their boxes and masks, for detection
-    OUT/coco/maps/{train,val}/*.png         their semantic maps: 0 is background, 1 + d the digit d
+    OUT/coco/maps/{train,val}/*.png         their semantic maps: 0 is background, 1 + d the digit d, of which
+                                            the convex hull is filled: strokes are thinner than a stride of 32
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def make_scene(
         mask = np.zeros((SCENE, SCENE), np.uint8, order='F')
         mask[y : y + h, x : x + w] = glyph > 0.5
         category = int(split['labels'][index]) + 1
-        semantic[mask > 0] = category
+        hull = cv2.convexHull(cv2.findNonZero(mask))
+        cv2.fillConvexPoly(semantic, hull, category)
         # not polygons, which would fill the holes of 0, 6, 8 and 9
         encoded = run_length.encode(mask)
         annotations.append(

@@ -275,7 +275,7 @@ def check(scores: list[Score]) -> None:
         f'{s.method}: {NAMES[s.metric]} {s.midway or 0:.1f} midway, {s.end:.1f} at the end, '
         f'by chance {s.chance:.1f}'
         for s in scores
-        if not (s.end > (s.midway or 0) and s.end > 2 * s.chance + 5)
+        if not (s.end > (s.midway or 0) and s.end > max(2 * s.chance, 5))
     ]
     if idle:
         raise SystemExit('error: not clearly above chance and rising:\n' + '\n'.join(idle))

@@ -125,8 +125,11 @@ def make_method_steps(name: str, method: Method) -> list[Step]:
     """Training and test of a method, of which it writes the config that they read."""
     config, train, test = ALL / f'configs/{name}.py', ALL / name, ALL / f'test-{name}'
     config.parent.mkdir(parents=True, exist_ok=True)
-    pretrained = last_checkpoint(CLASSIFY, OUT / 'classify')
-    shrink(method, DATA, pretrained).dump(config)
+    if method.start == 'classify':
+        start = last_checkpoint(CLASSIFY, OUT / 'classify')
+    else:
+        start = last_checkpoint(str(ALL / f'configs/{method.start}.py'), ALL / method.start)
+    shrink(method, DATA, start).dump(config)
     if '/det/' in method.config:
         keep = ['--cfg-options', f'test_evaluator.outfile_prefix={test}/predictions']
     else:
@@ -139,7 +142,7 @@ def make_method_steps(name: str, method: Method) -> list[Step]:
             ['tools/train.py', str(config), '--work-dir', str(train), '--resume'],
             [str(config)],
             [train],
-            ('classify',),
+            (method.start,),
         ),
         Step(
             f'test-{name}',

@@ -3,10 +3,10 @@
 This is all that :func:`shrink` changes:
 
 - data: the digits of make_digits.py and their number of classes; images of ``side`` pixels and no
-  augmentation but random sizes and crops; small batches, one worker;
-- start: the demo's classifier instead of ImageNet weights, hence nothing is frozen; distillation has it as
-  its teacher and starts from nothing, with branches that are seen at once;
-- model: windows that fit the small images; what works on an FPN is half as wide; Mask R-CNN samples 64
+  augmentation but the crop of the classifier; small batches, one worker;
+- start: what was trained here before instead of ImageNet weights, hence nothing is frozen; distillation has
+  the demo's classifier as its teacher and starts from nothing, with branches that are seen at once;
+- model: windows that fit the small images; what works on an FPN is half as wide; Mask R-CNN samples 32
   regions of an image and tests 100, not 512 and 1000;
 - schedule: ``steps`` steps at the rate ``lr``; a tenth of them is warm-up, the decay begins at its share of
   the training; a faster moving average; an evaluation midway and one at the end; a seed.
@@ -38,23 +38,32 @@ class Method(NamedTuple):
     steps: int
     lr: float
     minutes: float  # on two cores, with its evaluations
+    start: str = 'retinanet'  # the method, or else the classifier, whose backbone it starts from
     epochs: int = 2  # that the steps are divided into, where the config counts epochs
 
 
+# The one-minute classifier knows single digits of one size. The detector that starts from it passes on what
+# it has learned about scenes, SegFormer what it has learned about maps to those that see only stride 32.
 METHODS = {
-    'ssdlite': Method('SSDLite', 'configs/det/ssdlite_emo2_1m_320.py', 320, 8, 300, 2.4e-3, 4),
-    'retinanet': Method('RetinaNet', 'configs/det/retinanet_emo2_1m.py', 192, 8, 300, 2e-3, 3),
-    'mask-rcnn': Method('Mask R-CNN', 'configs/det/mask-rcnn_emo2_1m.py', 192, 4, 400, 1e-3, 4),
-    'deeplabv3': Method('DeepLabv3', 'configs/seg/deeplabv3_emo2_1m.py', 192, 8, 300, 1.2e-3, 3),
-    'fpn': Method('Semantic FPN', 'configs/seg/fpn_emo2_1m.py', 192, 8, 300, 4e-4, 3),
+    'retinanet': Method(
+        'RetinaNet', 'configs/det/retinanet_emo2_1m.py', 192, 8, 500, 2e-3, 5, start='classify'
+    ),
+    'ssdlite': Method('SSDLite', 'configs/det/ssdlite_emo2_1m_320.py', 320, 8, 250, 2.4e-3, 4),
+    'mask-rcnn': Method('Mask R-CNN', 'configs/det/mask-rcnn_emo2_1m.py', 192, 4, 300, 5e-4, 5),
     'segformer': Method('SegFormer', 'configs/seg/segformer_emo2_1m.py', 192, 8, 300, 4e-4, 3),
-    'pspnet': Method('PSPNet', 'configs/seg/pspnet_emo2_1m.py', 192, 8, 300, 1.2e-3, 3),
-    'kd': Method('Distilled classifier', 'configs/cls/emo2_1m_kd.py', 48, 64, 360, 3e-3, 3, epochs=4),
+    'fpn': Method('Semantic FPN', 'configs/seg/fpn_emo2_1m.py', 192, 8, 300, 4e-4, 3),
+    'deeplabv3': Method(
+        'DeepLabv3', 'configs/seg/deeplabv3_emo2_1m.py', 320, 6, 300, 8e-4, 6, start='segformer'
+    ),
+    'pspnet': Method('PSPNet', 'configs/seg/pspnet_emo2_1m.py', 320, 6, 300, 8e-4, 6, start='segformer'),
+    'kd': Method(
+        'Distilled classifier', 'configs/cls/emo2_1m_kd.py', 48, 64, 360, 3e-3, 3, start='classify', epochs=4
+    ),
 }
 
 
 def shrink(method: Method, data: Path, pretrained: str) -> Config:
-    """A method's config for the digits in ``data``, starting from the demo's classifier."""
+    """A method's config for the digits in ``data``, starting from a checkpoint (or having it as teacher)."""
     cfg = Config.fromfile(method.config)
     _shrink_model(cfg, method, pretrained)
     for stage in ('train', 'val', 'test'):
@@ -98,7 +107,7 @@ def _shrink_model(cfg: Config, method: Method, pretrained: str) -> None:
         )
         model.teacher_size = method.side
     if 'rcnn' in model.get('train_cfg', {}):
-        model.train_cfg.rcnn.sampler.num = 64
+        model.train_cfg.rcnn.sampler.num = 32
         model.test_cfg.rpn.max_per_img = 100
 
     backbone = model.backbone
@@ -150,6 +159,8 @@ def _shrink_transform(transform: ConfigDict, side: int) -> ConfigDict:
         for key in ('scale', 'crop_size'):
             if key in node:
                 node[key] = (side, side) if isinstance(node[key], tuple) else side
+        if node.get('type') == 'RandomResize':
+            node.ratio_range = (1.0, 1.0)
         if node.get('type') == 'RandomResizedCrop':
             node.crop_ratio_range = (0.7, 1.0)  # less than that of a digit may be another
         if 'reduce_zero_label' in node:  # the maps have a background
