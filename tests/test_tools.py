@@ -228,7 +228,7 @@ def test_missing_pretrained(tool, tmp_path):
         with pytest.raises(SystemExit, match='model.teachers.0.backbone.init_cfg') as end:
             check_pretrained(cfg)
         assert "'gone.pth'" in str(end.value)
-    (tmp_path / 'last_checkpoint').touch()
+    cfg.load_from = 'last.pth'
     check_pretrained(cfg)
     assert cfg.model.teachers[0].backbone.init_cfg is None
 

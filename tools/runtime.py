@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch  # noqa: E402
 from mmengine.config import Config, ConfigDict, DictAction  # noqa: E402
 from mmengine.device import get_device  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+from mmengine.runner import CheckpointLoader, Runner  # noqa: E402
 
-import emo2_mm  # noqa: E402, F401  # a config may say type='EMOv2' then
+from emo2_mm.reading import read_checkpoint  # noqa: E402  # a config may say type='EMOv2' then
 
 # Folder name in a path -> where the data set comes from and how it lies; the first name found counts.
 LAYOUTS = {
@@ -230,13 +231,60 @@ def check_checkpoint(path: str | None, entry: str) -> None:
         fail(f'{entry} is {path}, but there is no file {os.path.abspath(os.path.expanduser(path))}')
 
 
+@CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
+def load_as_data(filename: str, map_location: Any = None) -> Any:
+    """What ``load_from``, ``resume`` and ``Pretrained`` read a file with here: no code of it runs.
+
+    Left out are the log's running means, which a resumed run begins anew, and the config, which is code.
+    """
+    try:
+        content = read_checkpoint(filename)
+    except (ImportError, OSError, ValueError) as error:
+        fail(str(error))
+    if isinstance(content, dict):
+        for part, name in (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'log_scalars')):
+            if isinstance(content.get(part), dict):
+                content[part].pop(name, None)
+        if isinstance(content.get('message_hub'), dict):
+            content['message_hub']['log_scalars'] = {}
+    return content
+
+
+def find_resumable(cfg: Config) -> None:
+    """Let a run that resumes without naming a file do so from the last checkpoint that is whole.
+
+    The last one may have been cut off by what ended the run. Then it is named, and the one before is taken.
+    """
+    if not cfg.get('resume') or cfg.get('load_from'):
+        return
+    pointer = Path(cfg.work_dir, 'last_checkpoint')  # they may be saved elsewhere
+    last = Path(pointer.read_text().strip()) if pointer.is_file() else pointer
+    folder = last.parent if last.parent.is_dir() else Path(cfg.work_dir)
+    found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', file.name), file) for file in folder.glob('*.pth')]
+    saved = [file for _, file in sorted((int(name[2]), file) for name, file in found if name)[::-1]]
+    for file in saved:
+        try:
+            read_checkpoint(file)
+        except (OSError, ValueError) as error:
+            note(f'Not resumed from a damaged checkpoint: {error}')
+        else:
+            cfg.load_from = str(file)
+            return
+    if saved:
+        fail(
+            f'--resume: none of the {len(saved)} checkpoints in {folder} is whole; '
+            'move them away to begin anew'
+        )
+    note(f'{folder} has no checkpoint to resume from: the training begins anew.')
+    cfg.resume = False
+
+
 def check_pretrained(cfg: Config) -> None:
     """End the program if a part of the model starts from a file that is not there.
 
     A run that resumes has all weights in its own checkpoint: it goes on without that file.
     """
-    checkpoint = cfg.get('load_from') or os.path.join(cfg.work_dir, 'last_checkpoint')
-    resumes = cfg.get('resume', False) and ('://' in checkpoint or os.path.isfile(checkpoint))
+    resumes = cfg.get('resume', False) and cfg.get('load_from')
     for key, node in list(_dicts(cfg.model, 'model')):
         inits = node.get('init_cfg') or []
         for init in [inits] if isinstance(inits, dict) else inits:

@@ -8,6 +8,8 @@ The config's ``default_scope`` tells the three apart.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -18,6 +20,9 @@ from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import autocast
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
 @OPTIM_WRAPPERS.register_module(force=True)
@@ -91,8 +96,19 @@ def main() -> None:
     apply_args(cfg, args)
     runtime.check_data(cfg, 'train', 'val')
     runtime.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
+    runtime.find_resumable(cfg)
     runtime.check_pretrained(cfg)
-    runtime.build_runner(cfg).train()
+    try:
+        runtime.build_runner(cfg).train()
+    except OSError as error:
+        paths = [os.path.abspath(path) for path in (error.filename, cfg.work_dir) if path]
+        denied = error.errno in DENIED and os.path.commonpath(paths) in paths  # one in the other
+        if error.errno not in FULL and not (denied and error.filename):
+            raise
+        runtime.fail(
+            f'cannot write to {error.filename or cfg.work_dir}: {error.strerror}. What was saved '
+            'before stays; once this is mended, the same command with --resume goes on from there'
+        )
 
 
 if __name__ == '__main__':
