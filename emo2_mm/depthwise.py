@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .deploy import scale_and_shift
 from .inference import SiLU
 from .modes import trains_on_cpu
 
@@ -42,6 +43,13 @@ class DepthwiseConv2d(nn.Conv2d):
         if trains_on_cpu(x) and self.bias is None:  # deployed, it has one
             return _ForwardKernelsOnly.apply(x, self.weight, self.stride[0])
         return super().forward(x)
+
+
+def convolve_and_normalise(x: Tensor, depthwise: DepthwiseConv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """Compute ``norm(depthwise(x))`` of a (B, C, H, W) map in one pass over it, with a norm in eval mode."""
+    scale, shift = scale_and_shift(norm)
+    weight = depthwise.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, shift, depthwise.stride, depthwise.padding, groups=depthwise.groups)
 
 
 def depthwise_gradients(

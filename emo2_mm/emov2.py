@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from .attention import SEWMHSA
 from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
-from .depthwise import DepthwiseConv2d, mix_and_project
+from .depthwise import DepthwiseConv2d, convolve_and_normalise, mix_and_project
 from .inference import SiLU, add, by_strips
-from .modes import is_hooked, trains_on_cpu
+from .modes import infers_on_cpu, is_hooked, trains_on_cpu
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -143,24 +143,29 @@ class I2RMB(nn.Module):
         """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
         return self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
 
+    def spatial_at_once(self, x: Tensor) -> Tensor:
+        """What :meth:`spatial` computes in eval mode, with the batch norm folded as it goes."""
+        return self.depthwise_act(convolve_and_normalise(x, self.depthwise, self.depthwise_norm))
+
     def branch(self, x: Tensor) -> Tensor:
         """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
         own = type(self.project) is nn.Linear and type(self.depthwise) is DepthwiseConv2d  # not an adapter
-        alone = normalises_alone(self.depthwise_norm) and not is_hooked(*self.children())
+        alone = normalises_alone(self.depthwise_norm) and not is_hooked(*self._modules.values())
         if own and alone and trains_on_cpu(y):
             attends = isinstance(self.expand, SEWMHSA)
             y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
             y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)
         else:
             y = self.expand(y)
-            local = channels_first(self.spatial, y)
+            at_once = own and alone and infers_on_cpu(y) and not depends_on_batch(self.depthwise_norm)
+            local = channels_first(self.spatial_at_once if at_once else self.spatial, y)
             y = self.project(add(local, y) if self.residual else local)
         return y if self.layer_scale is None else self.layer_scale * y
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
-        parts = list(self.children())
+        parts = self._modules.values()
         whole = isinstance(self.expand, SEWMHSA) or is_hooked(*parts) or depends_on_batch(*parts)
         if whole:
             y = self.branch(x)

@@ -15,7 +15,13 @@ def is_traced() -> bool:
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether hooks watch or change what modules or their parts compute: then each shall be called once."""
-    return any(part._forward_pre_hooks or part._forward_hooks for m in modules for part in m.modules())
+    return any(
+        m._forward_pre_hooks
+        or m._forward_hooks
+        or is_hooked(*m._modules.values())  # m.modules() takes longer
+        for m in modules
+        if m is not None
+    )
 
 
 def runs_on_cpu(x: Tensor) -> bool:

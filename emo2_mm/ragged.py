@@ -43,6 +43,11 @@ def spans(length: int, size: int, distant: bool) -> tuple[Span, ...]:
     return tuple(span for span in found if span.windows and span.tokens)
 
 
+def is_one_window(height: int, width: int, size: int) -> bool:
+    """Whether a map is a single window, the neighbour and the distant one at once: it is computed once."""
+    return max(height, width) <= size
+
+
 def windows(x: Tensor, rows: Span, columns: Span, heads: int) -> Tensor:
     """View a map (B, H, W, heads * d) as (B, n1, n2, heads, rows.tokens, columns.tokens, d)."""
     batch, _, _, channels = x.shape
@@ -58,7 +63,8 @@ class _Windows:
     """Equally large windows of q, k and v, gathered, and their attention.
 
     With t tokens in a window, and u = t + 1 if there is padding (its key and value come last), else u = t:
-    ``q`` (B * n1 * n2 * heads, t, d), ``k`` (..., u, d), ``v`` (..., u, e), ``attention`` (..., t, u).
+    ``q`` (B * n1 * n2 * heads, t, d), ``k`` (..., u, d), ``v`` (..., u, e), ``attention`` (..., u, t): keys
+    first, for torch's softmax is faster along another axis than the last.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], rows: Span, columns: Span, size: int, heads: int) -> None:
@@ -70,10 +76,10 @@ class _Windows:
         self.k = self._gather(k, padding_k)
         self.v = self._gather(v, padding_v)
         self.scale = self.q.shape[-1] ** -0.5
-        logits = torch.baddbmm(q.new_empty(1), self.q, self.k.transpose(1, 2), beta=0, alpha=self.scale)
+        logits = torch.baddbmm(q.new_empty(1), self.k, self.q.transpose(1, 2), beta=0, alpha=self.scale)
         if self.padded:
-            logits[..., -1] += math.log(self.padded)
-        self.attention = logits.softmax(-1).to(v.dtype)
+            logits[:, -1] += math.log(self.padded)
+        self.attention = logits.softmax(1).to(v.dtype)
 
     def _gather(self, x: Tensor, padding: Tensor) -> Tensor:
         x = windows(x, *self.place)
@@ -122,8 +128,8 @@ class Attend(torch.autograd.Function):
         ctx.act, ctx.size, ctx.heads = act, size, heads
         out = torch.empty_like(v)
         for part, distant in Attend.parts(ctx, qk, v, padding_k, padding_v):
-            part.put(part.attention @ part.v, out, distant)
-        return out
+            part.put(part.attention.transpose(1, 2) @ part.v, out, distant)
+        return out.mul_(2) if is_one_window(*v.shape[1:3], size) else out
 
     @staticmethod
     @once_differentiable
@@ -133,14 +139,16 @@ class Attend(torch.autograd.Function):
         grad_q, grad_k = grad_qk.chunk(2, dim=-1)
         grad_padding_k, grad_padding_v = torch.zeros_like(padding_k), torch.zeros_like(padding_v)
         grad = grad.contiguous()
+        if is_one_window(*v.shape[1:3], ctx.size):
+            grad = grad * 2
         for part, distant in Attend.parts(ctx, qk, v, padding_k, padding_v):
             g = windows(grad, *part.place).reshape(-1, part.tokens, part.v.shape[-1])
-            g_v = part.attention.transpose(1, 2) @ g
-            g_attention = g @ part.v.transpose(1, 2)
-            g_logits = torch.ops.aten._softmax_backward_data(g_attention, part.attention, -1, v.dtype)
+            g_v = part.attention @ g
+            g_attention = part.v @ g.transpose(1, 2)
+            g_logits = torch.ops.aten._softmax_backward_data(g_attention, part.attention, 1, v.dtype)
             g_logits.mul_(part.scale)
-            g_k = g_logits.transpose(1, 2) @ part.q
-            part.put(g_logits @ part.k, grad_q, distant)
+            g_k = g_logits @ part.q
+            part.put(g_logits.transpose(1, 2) @ part.k, grad_q, distant)
             part.put(g_k, grad_k, distant)
             part.put(g_v, grad_v, distant)
             grad_padding_k += part.padding(g_k)
@@ -155,7 +163,7 @@ class Attend(torch.autograd.Function):
     ) -> Iterator[tuple[_Windows, bool]]:
         """Gather the windows of one extent after another, all neighbour ones first."""
         tensors = (*qk.chunk(2, dim=-1), ctx.act(v), padding_k, ctx.act(padding_v))
-        for distant in (False, True):
+        for distant in (False,) if is_one_window(*v.shape[1:3], ctx.size) else (False, True):
             h, w = (spans(length, ctx.size, distant) for length in v.shape[1:3])
             for rows, columns in product(h, w):
                 yield _Windows(tensors, rows, columns, ctx.size, ctx.heads), distant

@@ -104,6 +104,16 @@ def test_a_gradient_that_is_expanded() -> None:
     assert_same(ones, torch.autograd.grad(y.sum(), x))
 
 
+@pytest.mark.parametrize('size', [3, 9])
+def test_a_gradient_of_another_layout(size: int) -> None:
+    attention, x = module(size), image(2, 5, 7)
+    y = attention(x)
+    grad = torch.randn(y.permute(0, 3, 1, 2).shape, dtype=torch.double).permute(0, 2, 3, 1)
+    assert not grad.is_contiguous()
+    theirs = torch.autograd.grad(y, x, grad.contiguous(), retain_graph=True)
+    assert_same(torch.autograd.grad(y, x, grad), theirs)
+
+
 def test_backward_pass_may_run_twice() -> None:
     attention, x = module(3), image(2, 5, 7)
     y = attention(x).square().mean()
