@@ -25,7 +25,7 @@ model = dict(
         init_cfg=dict(type='TruncNormal', layer='Conv2d', std=0.03),
     ),
     bbox_head=dict(
-        type='SSDHead',
+        type='emo2_mm.ssd.SSDHead',  # MMDetection 3.3 cannot evaluate its own
         in_channels=(160, 288, 512, 256, 256, 128),
         num_classes=80,
         use_depthwise=True,
