@@ -6,7 +6,7 @@ This is all that :func:`shrink` changes:
   augmentation but the crop of the classifier; small batches, one worker;
 - start: what was trained here before instead of ImageNet weights, hence nothing is frozen; distillation has
   the demo's classifier as its teacher and starts from nothing, with branches that are seen at once;
-- model: windows that fit the small images; what works on an FPN is half as wide; Mask R-CNN samples 32
+- model: windows that fit the small images; what works on an FPN is half as wide; Mask R-CNN samples 64
   regions of an image and tests 100, not 512 and 1000;
 - schedule: ``steps`` steps at the rate ``lr``; a tenth of them is warm-up, the decay begins at its share of
   the training; a faster moving average; an evaluation midway and one at the end; a seed.
@@ -49,7 +49,7 @@ METHODS = {
         'RetinaNet', 'configs/det/retinanet_emo2_1m.py', 192, 8, 500, 2e-3, 5, start='classify'
     ),
     'ssdlite': Method('SSDLite', 'configs/det/ssdlite_emo2_1m_320.py', 320, 8, 250, 2.4e-3, 4),
-    'mask-rcnn': Method('Mask R-CNN', 'configs/det/mask-rcnn_emo2_1m.py', 192, 4, 300, 5e-4, 5),
+    'mask-rcnn': Method('Mask R-CNN', 'configs/det/mask-rcnn_emo2_1m.py', 192, 4, 600, 1.5e-4, 8),
     'segformer': Method('SegFormer', 'configs/seg/segformer_emo2_1m.py', 192, 8, 300, 4e-4, 3),
     'fpn': Method('Semantic FPN', 'configs/seg/fpn_emo2_1m.py', 192, 8, 300, 4e-4, 3),
     'deeplabv3': Method(
@@ -107,7 +107,7 @@ def _shrink_model(cfg: Config, method: Method, pretrained: str) -> None:
         )
         model.teacher_size = method.side
     if 'rcnn' in model.get('train_cfg', {}):
-        model.train_cfg.rcnn.sampler.num = 32
+        model.train_cfg.rcnn.sampler.num = 64
         model.test_cfg.rpn.max_per_img = 100
 
     backbone = model.backbone
