@@ -348,7 +348,8 @@ class EMOv2(BaseModule):
             x: Images of shape (B, in_channels, H, W), of any size.
 
         Returns:
-            For each of ``out_indices`` a map of shape (B, channels, ceil(H / stride), ceil(W / stride)).
+            For each of ``out_indices`` a map of shape (B, channels, ceil(H / stride), ceil(W / stride)),
+            contiguous.
 
         Raises:
             ValueError: If ``x`` is not a batch of images.
@@ -366,7 +367,8 @@ class EMOv2(BaseModule):
                 x = self._recomputed(block, x) if self.with_cp and self.training else block(x)
             if i in self.out_indices:
                 last = self.norm is not None and i == len(self.stages) - 1
-                outs.append((self.norm(x) if last else x).permute(0, 3, 1, 2))
+                out = (self.norm(x) if last else x).permute(0, 3, 1, 2)
+                outs.append(out.contiguous())  # or mmcv's RoIAlign silently reads other numbers
         return tuple(outs)
 
     def _stem(self, x: Tensor) -> Tensor:

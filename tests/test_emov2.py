@@ -538,3 +538,13 @@ class TestGradients:
                 model(torch.rand(2, 3, 64, 64))
             kept[with_cp] = sum(sizes)
         assert kept[True] < kept[False] / 2
+
+
+@pytest.mark.parametrize('deployed', [False, True], ids=['eager', 'deployed'])
+def test_maps_are_contiguous(deployed: bool) -> None:
+    """Operators of mmcv do not look at strides: RoIAlign would read other numbers, silently."""
+    model = EMOv2('1m', final_norm=True).eval()
+    if deployed:
+        model.switch_to_deploy()
+    with torch.no_grad():
+        assert all(out.is_contiguous() for out in model(torch.rand(2, 3, 64, 96)))

@@ -49,7 +49,7 @@ METHODS = {
         'RetinaNet', 'configs/det/retinanet_emo2_1m.py', 192, 8, 500, 2e-3, 5, start='classify'
     ),
     'ssdlite': Method('SSDLite', 'configs/det/ssdlite_emo2_1m_320.py', 320, 8, 250, 2.4e-3, 4),
-    'mask-rcnn': Method('Mask R-CNN', 'configs/det/mask-rcnn_emo2_1m.py', 192, 4, 600, 1.5e-4, 8),
+    'mask-rcnn': Method('Mask R-CNN', 'configs/det/mask-rcnn_emo2_1m.py', 192, 4, 400, 3e-4, 7),
     'segformer': Method('SegFormer', 'configs/seg/segformer_emo2_1m.py', 192, 8, 300, 4e-4, 3),
     'fpn': Method('Semantic FPN', 'configs/seg/fpn_emo2_1m.py', 192, 8, 300, 4e-4, 3),
     'deeplabv3': Method(
