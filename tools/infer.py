@@ -1,0 +1,288 @@
+"""Draw and write down what a detector, segmentor or classifier sees in images.
+
+    python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_FOLDER --out predictions
+
+Of a folder all files are taken, but neither hidden ones nor those in folders in it, as the inferencers of
+the code bases do. For each image NAME this writes vis/NAME, the drawn picture (vis/NAME.jpg, unless NAME ends
+in .jpg, .jpeg or .png), and preds/NAME.json:
+
+    image, width, height  the file, and its size in pixels
+    objects               of a detector, best first: class, label (number of the class), score (0 - 1), box
+                          (left, top, right, bottom in pixels), and with masks mask (COCO's run lengths)
+    segments              of a segmentor, largest first: class, label, share (of all pixels, 0 - 1)
+    map                   of a segmentor: the image of labels beside the JSON file, preds/NAME.png
+    classes               of a classifier, the best five: class, label, score (0 - 1)
+
+The names of the classes are those in the checkpoint, else those of the config, else numbers. A file that is
+damaged or not an image is named, skipped and counted. The exit code is 0, or 1 if a file was skipped, or 2 if
+the arguments cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Dict, Iterator, Tuple
+
+import cv2
+import mmcv
+import numpy as np
+import runtime
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader
+from PIL import Image, UnidentifiedImageError
+
+from emo2_mm.reading import read_checkpoint
+
+Prediction = Tuple[Dict[str, Any], str, np.ndarray]  # for the file, in words, drawn (H, W, 3) in RGB
+
+TOP = 5  # classes of a classifier that are written
+Image.MAX_IMAGE_PIXELS = None  # OpenCV has a limit of its own
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image (H, W, 3) in BGR as the code bases do, but insist that it is whole.
+
+    Raises:
+        ValueError: If it is damaged or of an unknown kind.
+    """
+    kind = 'not an image'
+    try:
+        with Image.open(path) as image:  # OpenCV fills up what is missing
+            kind = f'{image.format} cannot be read by OpenCV'
+            image.load()
+    except UnidentifiedImageError:  # but OpenCV may know it
+        pass
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f'cannot be read: {error}') from None
+    try:
+        pixels = mmcv.imread(str(path))
+    except cv2.error:  # an empty file
+        pixels = None
+    if pixels is None:
+        raise ValueError(kind)
+    return pixels
+
+
+def list_files(path: Path, out: Path) -> list[Path]:
+    """Find the files to look at."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f'{path}: no such image or folder')
+    if path.resolve() in ((out / name).resolve() for name in ('vis', 'preds')):
+        raise ValueError(f'--out is {out}: pictures would be written over the images; give another folder')
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith('.'))
+    if not files:
+        raise ValueError(f'{path}: the folder holds no files')
+    return files
+
+
+def find_names(known: Any, cfg: Config) -> dict[str, Any]:
+    """Find names and colours of the classes in what a checkpoint knows of its data, else in the config."""
+    model = cfg.model
+    head = model.get('roi_head', model).get('bbox_head') or model.get('decode_head') or model.head
+    count = head.num_classes
+    dataset = runtime.innermost(cfg.test_dataloader.dataset)
+    registry = import_module(f'{cfg.default_scope}.registry')
+    kind = registry.DATASETS.get(dataset.type)
+    sources = (known, dataset.get('metainfo'), getattr(kind, 'METAINFO', None))
+
+    def find(key: str) -> Any:
+        found = [source.get(key) for source in sources if isinstance(source, dict)]
+        return next((x for x in found if isinstance(x, (list, tuple)) and len(x) == count), None)
+
+    colours = np.random.RandomState(0).randint(0, 256, (count, 3)).tolist()
+    names = find('classes') or range(count)
+    return dict(classes=tuple(map(str, names)), palette=find('palette') or colours)
+
+
+@contextmanager
+def loads(content: dict[str, Any]) -> Iterator[None]:
+    """Give the code bases this content in place of any local checkpoint file, which they would unpickle."""
+    own = CheckpointLoader._get_checkpoint_loader('')
+    CheckpointLoader.register_scheme('', loader=lambda *_: content, force=True)
+    try:
+        yield
+    finally:
+        CheckpointLoader.register_scheme('', loader=own, force=True)
+
+
+def build(cfg: Config, checkpoint: str, device: str) -> Any:
+    """Build the inferencer of a config's code base.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+        ValueError: If it cannot be read safely, or does not hold the model's weights.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in PREDICT:
+        raise ValueError(f'{cfg.filename}: default_scope is {scope!r}, not one of {list(PREDICT)}')
+    content = read_checkpoint(checkpoint)
+    content = content if isinstance(content, dict) else {}
+    weights, meta = content.get('state_dict', content), content.get('meta')
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f'{checkpoint}: it holds no state dict')
+    init_default_scope(scope)
+    names = find_names(meta.get('dataset_meta') if isinstance(meta, dict) else None, cfg)
+    with loads(dict(state_dict=weights, meta=dict(dataset_meta=names))):
+        if scope == 'mmpretrain':
+            import_module('mmpretrain.utils.progress').disable_progress_bar = True
+            kind = import_module('mmpretrain').ImageClassificationInferencer
+            inferencer = kind(cfg, pretrained='checkpoint', device=device)
+        else:
+            name = 'DetInferencer' if scope == 'mmdet' else 'MMSegInferencer'
+            inferencer = getattr(import_module(f'{scope}.apis'), name)(cfg, 'checkpoint', device=device)
+            inferencer.show_progress = False
+    own = {k: v.shape for k, v in inferencer.model.state_dict().items() if not k.endswith('batches_tracked')}
+    wrong = [name for name, shape in own.items() if getattr(weights.get(name), 'shape', None) != shape]
+    if wrong:
+        raise ValueError(
+            f'{checkpoint}: {len(wrong)} of the {len(own)} weights of {cfg.filename} are missing or of '
+            f'another shape, such as {", ".join(wrong[:3])}; give the config that it was trained with '
+            '(a published classifier must go through tools/convert_checkpoint.py)'
+        )
+    return inferencer
+
+
+def detect(inferencer: Any, path: Path, image: np.ndarray, score_thr: float) -> Prediction:
+    sample = inferencer(str(path), return_datasamples=True)['predictions'][0]
+    sample.pred_instances = sample.pred_instances[sample.pred_instances.scores.argsort()]  # the surest on top
+    picture = inferencer.visualize([str(path)], [sample], return_vis=True, pred_score_thr=score_thr)[0]
+    found = inferencer.pred2dict(sample)
+    classes = inferencer.model.dataset_meta['classes']
+    objects = []
+    for i, (label, score) in enumerate(zip(found['labels'], found['scores'])):
+        if score >= score_thr:
+            box = [round(x, 2) for x in found['bboxes'][i]]
+            objects.append({'class': classes[label], 'label': label, 'score': round(score, 4), 'box': box})
+            if 'masks' in found:
+                objects[-1]['mask'] = found['masks'][i]
+    objects.reverse()
+    counts = Counter(x['class'] for x in objects).most_common()
+    words = ', '.join(f'{count} x {name}' for name, count in counts) or 'nothing'
+    return dict(objects=objects), words, picture
+
+
+def segment(inferencer: Any, path: Path, image: np.ndarray, score_thr: float) -> Prediction:
+    sample = inferencer(str(path), return_datasamples=True)
+    found = sample.pred_sem_seg
+    found.data = found.data.cpu().numpy()  # a tensor of one pixel could not be drawn
+    picture = inferencer.visualize([str(path)], [sample], return_vis=True, opacity=0.6)[0]
+    labels, counts = np.unique(found.data, return_counts=True)
+    classes = inferencer.model.dataset_meta['classes']
+    segments = [
+        {'class': classes[labels[i]], 'label': int(labels[i]), 'share': round(counts[i] / counts.sum(), 4)}
+        for i in np.argsort(counts)[::-1]
+    ]
+    words = ', '.join(f'{x["share"]:.0%} {x["class"]}' for x in segments[:TOP])
+    return dict(segments=segments, map=found.data[0]), words, picture
+
+
+def classify(inferencer: Any, path: Path, image: np.ndarray, score_thr: float) -> Prediction:
+    from mmpretrain.visualization import UniversalVisualizer
+
+    sample = inferencer(str(path), return_datasamples=True)[0]
+    scores, labels = sample.pred_score.sort(descending=True)
+    classes = [
+        {'class': inferencer.classes[label], 'label': label, 'score': round(score, 4)}
+        for score, label in zip(scores[:TOP].tolist(), labels[:TOP].tolist())
+    ]
+    picture = UniversalVisualizer().visualize_cls(
+        image[..., ::-1], sample, classes=inferencer.classes, rescale_factor=max(1, 224 / max(image.shape))
+    )
+    return dict(classes=classes), f'{classes[0]["class"]} ({classes[0]["score"]:.2f})', picture
+
+
+PREDICT = {'mmdet': detect, 'mmseg': segment, 'mmpretrain': classify}
+
+
+def to_json(value: Any) -> str:
+    """JSON with a line for each object found."""
+    if isinstance(value, list):
+        return f'[{",".join(chr(10) + "    " + to_json(x) for x in value)}]'
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write(out: Path, path: Path, image: np.ndarray, entries: dict[str, Any], picture: np.ndarray) -> None:
+    """Write what was found in an image, and the drawn picture."""
+    if 'map' in entries:
+        mmcv.imwrite(
+            entries['map'].astype(np.uint16 if entries['map'].max() > 255 else np.uint8),
+            str(out / f'preds/{path.name}.png'),
+        )
+        entries['map'] = f'preds/{path.name}.png'
+    height, width = image.shape[:2]
+    entries = dict(image=str(path), width=width, height=height, **entries)
+    name = path.name if path.suffix.lower() in ('.jpg', '.jpeg', '.png') else f'{path.name}.jpg'
+    mmcv.imwrite(mmcv.rgb2bgr(picture), str(out / 'vis' / name))
+    lines = [f'  {json.dumps(key)}: {to_json(value)}' for key, value in entries.items()]
+    (out / f'preds/{path.name}.json').write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config of MMDetection, MMSegmentation or MMPretrain')
+    parser.add_argument('checkpoint', help='checkpoint of it; read without running code in it')
+    parser.add_argument('images', metavar='IMAGE_OR_FOLDER', type=Path)
+    parser.add_argument('--out', type=Path, default='predictions', help='folder (default: %(default)s)')
+    parser.add_argument('--device', default=get_device(), help='such as cpu or cuda:1 (default: %(default)s)')
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        help='detectors: leave out lower scores (default: %(default)s)',
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
+    warnings.simplefilter('ignore')
+    try:
+        paths = list_files(args.images, args.out)
+        cfg = Config.fromfile(args.config)
+        with redirect_stdout(io.StringIO()):  # what the code bases say of weights; build() checks them
+            inferencer = build(cfg, args.checkpoint, args.device)
+        for name in ('vis', 'preds'):
+            (args.out / name).mkdir(parents=True, exist_ok=True)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    skipped = []
+    start = time.time()
+    for number, path in enumerate(paths, 1):
+        try:
+            image = read_image(path)
+            entries, words, picture = PREDICT[cfg.default_scope](inferencer, path, image, args.score_thr)
+        except (OSError, RuntimeError, ValueError, cv2.error) as error:
+            skipped.append(path.name)
+            words = f'skipped, {" ".join(str(error).split())}'
+        else:
+            write(args.out, path, image, entries, picture)
+        left = timedelta(seconds=round((time.time() - start) / number * (len(paths) - number)))
+        print(f'[{number}/{len(paths)}, {left} left] {path.name}: {words}', flush=True)
+    print(f'{len(paths) - len(skipped)} pictures in {args.out}/vis, as JSON in {args.out}/preds')
+    if skipped:
+        print(f'{len(skipped)} of {len(paths)} files were skipped: {", ".join(skipped)}', file=sys.stderr)
+    return 1 if skipped else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
