@@ -1,0 +1,846 @@
+"""tools/check_dataset.py finds each fault, and training does with it what the tool says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import default_collate, pseudo_collate
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from PIL import Image
+from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, run, write_config, write_data
+
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import check_dataset  # noqa: E402
+
+sys.path.remove(str(ROOT / 'tools'))
+
+
+def real(path, data):
+    """What a shipped config says of its data and its heads, with one of the tiny data sets."""
+    cfg = Config.fromfile(ROOT / 'configs' / path)
+    for stage in ('train', 'val'):
+        check_dataset.runtime.innermost(cfg[f'{stage}_dataloader'].dataset).update(data)
+    if 'ann_file' in data:
+        cfg.val_evaluator.ann_file = f'{data["data_root"]}/{data["ann_file"]}'
+    keys = ('default_scope', 'model', 'train_dataloader', 'val_dataloader', 'val_evaluator')
+    return '\n'.join(f'{key} = {value!r}' for key, value in cfg.to_dict().items() if key in keys)
+
+
+COCO = dict(data_root='DATA/coco', ann_file='boxes.json', data_prefix=dict(img='images'))
+COCO['metainfo'] = dict(classes=('dark', 'light'))
+RETINANET = real('det/retinanet_emo2_1m.py', COCO)
+MASK_RCNN = real('det/mask-rcnn_emo2_1m.py', COCO)
+SSDLITE = real('det/ssdlite_emo2_1m_320.py', COCO)
+PREFIX = dict(img_path='photos', seg_map_path='labels')
+ADE20K = real('seg/fpn_emo2_1m.py', dict(data_root='DATA', data_prefix=PREFIX))
+IMAGENET = real('cls/emo2_1m_kd.py', dict(data_root='DATA', split='', data_prefix='folders'))
+CASES = {
+    'retinanet': RETINANET,
+    'mask-rcnn': MASK_RCNN,
+    'ssdlite': SSDLITE,
+    'ade20k': ADE20K,
+    'segmentor': SEGMENTOR,
+    'classifier': CLASSIFIER,
+}
+NAN, INF = float('nan'), float('inf')
+NOISE = np.random.RandomState(0).randint(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+SQUARE = Image.fromarray(NOISE)
+LEFT_OUT = 'image has no annotations, and is left out'
+LISTED = CLASSIFIER.replace("data_prefix='folders',", "data_prefix='folders', ann_file='listed.txt',")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four images as COCO boxes, maps and class folders, and as photographs in JPEG."""
+    write_data(tmp_path)
+    (tmp_path / 'photos').mkdir()
+    for path in (tmp_path / 'coco/images').iterdir():
+        Image.open(path).save(tmp_path / f'photos/{path.stem}.jpg')
+    return tmp_path
+
+
+@pytest.fixture
+def check(data, monkeypatch, capsys):
+    """Run the tool on a config: its exit code, and the places of each fault it found."""
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+
+    def check_config(text, *arguments):
+        config = write_config(data, text)
+        pytest.importorskip(Config.fromfile(config).default_scope)
+        command = ['check_dataset.py', str(config), '--split', 'train', *arguments]
+        monkeypatch.setattr(sys, 'argv', command)
+        capsys.readouterr()
+        code = check_dataset.main()
+        found = {}
+        for line in capsys.readouterr().out.splitlines():
+            heading = re.match(r'(?:error|warning): (.*) \(\d+\)$', line)
+            if heading:
+                places = found[heading[1]] = []
+            elif line.startswith('    '):
+                places.append(line.strip().replace(f'{data}/', ''))
+        return code, found
+
+    return check_config
+
+
+@pytest.fixture
+def coco(data):
+    """Change the annotation file."""
+    path = data / 'coco/boxes.json'
+
+    def change(edit):
+        file = json.loads(path.read_text())
+        edit(file)
+        path.write_text(json.dumps(file))
+
+    return change
+
+
+def build(data, text):
+    """The data set that training gets."""
+    cfg = Config.fromfile(write_config(data, text))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return DATASETS.build(cfg.train_dataloader.dataset)
+
+
+def kept(data, text=RETINANET):
+    """How many objects of the first image are trained, and how many are ignored."""
+    sample = build(data, text)[0]['data_samples']
+    return len(sample.gt_instances), len(sample.ignored_instances)
+
+
+def loss(data, text):
+    """The losses of the first two images of a tiny config."""
+    cfg = Config.fromfile(write_config(data, text))
+    dataset = build(data, text)
+    torch.manual_seed(0)
+    collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        if 'data_preprocessor' in cfg:
+            cfg.model.data_preprocessor = cfg.data_preprocessor
+        model = MODELS.build(cfg.model).train()
+        return model(**model.data_preprocessor(collate([dataset[0], dataset[1]]), True), mode='loss')
+
+
+def first(**changes):
+    """A change of the first annotation."""
+    return lambda file: file['annotations'][0].update(changes)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_clean(check, case):
+    assert check(CASES[case]) == (0, {})
+
+
+def test_output(data, monkeypatch, capsys):
+    """Equal splits once, each kind of finding with what training does, the sums."""
+    pytest.importorskip('mmdet')
+    (data / 'coco/images/1.png').unlink()
+    config = write_config(data, DETECTOR)
+    monkeypatch.setattr(sys, 'argv', ['check_dataset.py', str(config), '--split', 'val', 'test'])
+    assert check_dataset.main() == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f'{data}/coco/boxes.json: 4 images, 4 annotations',
+        '',
+        'error: image is missing (1)',
+        '  training stops: FileNotFoundError (or PermissionError) names the file',
+        f'    {data}/coco/images/1.png',
+        '',
+        '1 errors, 0 warnings',
+    ]
+
+
+@pytest.mark.slow
+def test_command(data):
+    """With a shipped config, as users start it."""
+    pytest.importorskip('mmseg')
+    options = [
+        f'train_dataloader.dataset.data_root={data}',
+        'train_dataloader.dataset.data_prefix.img_path=photos',
+        'train_dataloader.dataset.data_prefix.seg_map_path=labels',
+    ]
+    config = ROOT / 'configs/seg/segformer_emo2_5m.py'
+    command = ['check_dataset.py', config, '--split', 'train', '--cfg-options', *options]
+    result = run(data, *command)
+    assert (result.returncode, result.stdout.split('\n')[0]) == (0, f'{data}/photos: 4 images, 150 classes')
+    (data / 'labels/0.png').unlink()
+    result = run(data, *command)
+    assert result.returncode == 1
+    assert 'error: map is missing (1)' in result.stdout
+
+
+def test_warnings_pass(data, check):
+    Image.open(data / 'folders/dark/0.png').convert('L').save(data / 'folders/dark/0.png')
+    assert check(CLASSIFIER) == (0, {'image is grey': ['folders/dark/0.png']})
+
+
+def test_no_more_than_asked_for(data, check):
+    for i in range(3):
+        (data / f'coco/images/{i}.png').unlink()
+    places = ['coco/images/0.png', 'coco/images/1.png', 'and 1 more']
+    assert check(DETECTOR, '--max-shown', '2') == (1, {'image is missing': places})
+
+
+def test_inside_wrappers(data, check):
+    (data / 'listed.txt').write_text('dark/0.png 0\nlight/gone.png 1\n')
+    text = CLASSIFIER.replace(
+        'train_dataloader = loader(**data)',
+        "twice = dict(type='RepeatDataset', times=2, dataset=data)\n"
+        "other = dict(data, ann_file='listed.txt')\n"
+        "train_dataloader = loader(type='ConcatDataset', datasets=[twice, other])",
+    )
+    (data / 'folders/dark/0.png').write_bytes(b'')
+    assert check(text)[1] == {
+        'image is empty': ['folders/dark/0.png'] * 2,
+        'image is missing': ['folders/light/gone.png'],
+    }
+
+
+@pytest.mark.parametrize('case', ['retinanet', 'ade20k', 'classifier'])
+def test_no_folder(data, check, case):
+    with pytest.raises(SystemExit, match="train_dataloader.dataset.data_root = 'gone'"):
+        check(CASES[case], '--cfg-options', 'train_dataloader.dataset.data_root=gone')
+
+
+def test_no_annotation_file(data, check):
+    (data / 'coco/boxes.json').unlink()
+    with pytest.raises(
+        SystemExit, match=r"^error: .*(\n.*)*train_dataloader.dataset.ann_file = 'boxes.json'"
+    ):
+        check(RETINANET)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'train_dataloader': None}, 'it has no data set to train with'),
+        ({'train_dataloader.dataset.type': 'CIFAR10'}, 'CIFAR10 cannot be checked, only CocoDataset'),
+        ({'train_dataloader.dataset.data_root': 's3://bucket'}, 's3://bucket is no local folder'),
+        ({'train_dataloader.dataset.type': 'Gone'}, 'Gone is not in the mmpretrain::dataset registry'),
+        ('x = ', 'invalid syntax'),
+        (None, 'No such file'),
+    ],
+)
+def test_wrong_use(data, monkeypatch, capsys, changes, message):
+    pytest.importorskip('mmpretrain')
+    config = write_config(data, CLASSIFIER)
+    if isinstance(changes, dict):
+        cfg = Config.fromfile(config)
+        cfg.merge_from_dict(changes)
+        if 'CIFAR10' in changes.values():
+            cfg.train_dataloader.dataset = dict(type='CIFAR10', data_root=str(data))
+        cfg.dump(config)
+    elif changes:
+        config.write_text(changes)
+    else:
+        config.unlink()
+    monkeypatch.setattr(sys, 'argv', ['check_dataset.py', str(config), '--split', 'train'])
+    with pytest.raises(SystemExit) as end:
+        check_dataset.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- Images ---------------------------------------------------------------------------------------
+
+
+def test_missing_image(data, check):
+    (data / 'coco/images/0.png').unlink()
+    assert check(RETINANET) == (1, {'image is missing': ['coco/images/0.png']})
+    with pytest.raises(FileNotFoundError, match='0.png'):
+        build(data, RETINANET)[0]
+
+
+def test_empty_image(data, check):
+    (data / 'coco/images/0.png').write_bytes(b'')
+    assert check(RETINANET) == (1, {'image is empty': ['coco/images/0.png']})
+    with pytest.raises(cv2.error, match='!buf.empty()'):
+        build(data, RETINANET)[0]
+
+
+def test_damaged_image(data, check):
+    path = data / 'coco/images/0.png'
+    path.write_bytes(path.read_bytes()[:40])
+    assert check(RETINANET) == (1, {'image is damaged': ['coco/images/0.png']})
+    with pytest.raises(AssertionError, match='failed to load image: .*0.png'):
+        build(data, RETINANET)[0]
+
+
+@pytest.mark.parametrize('kind', ['text', 'ICO'])
+def test_image_of_unknown_kind(data, check, kind):
+    path = data / 'coco/images/0.png'
+    if kind == 'text':
+        path.write_text('no image')
+    else:
+        SQUARE.save(path, kind)
+    fault = 'image is of a kind that OpenCV does not read'
+    assert check(RETINANET) == (1, {fault: ['coco/images/0.png']})
+    with pytest.raises(AssertionError, match='failed to load image: .*0.png'):
+        build(data, RETINANET)[0]
+
+
+def loaded(data):
+    """The pixels of the first image before any other step of the pipeline, (height, width, BGR)."""
+    text = CLASSIFIER.replace("data_prefix='folders'", "data_prefix='coco', with_label=False")
+    return build(data, text)[0]['inputs'].numpy().transpose(1, 2, 0)
+
+
+def test_cut_off_photograph(data, check):
+    pytest.importorskip('mmpretrain')
+    path = data / 'coco/images/0.png'
+    SQUARE.save(path, 'JPEG')
+    whole = np.array(Image.open(path))[..., ::-1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert check(RETINANET) == (1, {'image is cut off, but loaded': ['coco/images/0.png']})
+    pixels = loaded(data)
+    assert pixels.shape == (SIDE, SIDE, 3)
+    assert (
+        np.abs(pixels[:8].astype(float) - whole[:8]).max() < 9
+    )  # decoders round; of the rest nothing is known
+
+
+def test_grey_image(data, check):
+    SQUARE.convert('L').save(data / 'coco/images/0.png')
+    assert check(RETINANET) == (0, {'image is grey': ['coco/images/0.png']})
+    assert np.array_equal(loaded(data), np.repeat(np.array(SQUARE.convert('L'))[..., None], 3, 2))
+
+
+def test_transparent_image(data, check):
+    image = SQUARE.copy()
+    image.putalpha(0)
+    image.save(data / 'coco/images/0.png')
+    assert check(RETINANET) == (0, {'image has an alpha channel': ['coco/images/0.png']})
+    assert np.array_equal(loaded(data), NOISE[..., ::-1])
+
+
+def test_16_bit_image(data, check):
+    pixels = np.random.RandomState(0).randint(0, 2**16, (SIDE, SIDE, 3)).astype(np.uint16)
+    cv2.imwrite(str(data / 'coco/images/0.png'), pixels)
+    assert check(RETINANET) == (0, {'image has 16 bits a channel': ['coco/images/0.png']})
+    assert np.array_equal(loaded(data), pixels // 256)
+
+
+def test_turned_image(data, check, coco):
+    """OpenCV turns a photograph as its EXIF entry says; boxes stay where they were."""
+    tags = Image.Exif()
+    tags[274] = 6
+    Image.new('RGB', (80, 64)).save(data / 'coco/images/0.png', 'JPEG', exif=tags)
+    coco(lambda file: file['images'][0].update(width=80))
+    place = 'coco/images/0.png: (64, 80), in coco/boxes.json (80, 64)'
+    assert check(RETINANET) == (1, {'width and height are not those of the image': [place]})
+    assert build(data, RETINANET)[0]['data_samples'].ori_shape == (80, 64)
+
+
+def resize_first(data, coco, width, height):
+    """An image of this size, its box and its map."""
+    for folder in ('coco/images/0.png', 'photos/0.jpg', 'folders/dark/0.png'):
+        SQUARE.resize((width, height)).save(data / folder)
+    Image.fromarray(np.ones((height, width), np.uint8)).save(data / 'labels/0.png')
+    coco(lambda file: file['images'][0].update(width=width, height=height))
+    coco(first(bbox=[0, 0, width, height]))
+
+
+@pytest.mark.parametrize('size', [(1, SIDE), (SIDE, 1)])
+def test_thin_image_for_detection(data, check, coco, size):
+    resize_first(data, coco, *size)
+    found = {
+        'image is 1 pixel wide or tall': ['coco/images/0.png'],
+        'image is smaller than filter_cfg.min_size': [f'coco/images/0.png: {size}'],
+    }
+    assert check(RETINANET) == (0, found)
+    assert [build(data, RETINANET)[i]['data_samples'].img_id for i in range(3)] == [1, 2, 3]
+    text = RETINANET + '\ntrain_dataloader["dataset"]["filter_cfg"] = None'
+    assert check(text) == (0, {'image is 1 pixel wide or tall': ['coco/images/0.png']})
+    assert max(build(data, text)[0]['inputs'].shape) == 1333
+    resize_first(data, coco, 1, 4000)
+    with pytest.raises(cv2.error, match='resize'):
+        build(data, text)[0]
+
+
+def test_thin_image_for_segmentation(data, check, coco):
+    resize_first(data, coco, 1, SIDE)
+    found = {
+        'map is 1 pixel wide or tall': ['labels/0.png'],
+        'image is 1 pixel wide or tall': ['photos/0.jpg'],
+    }
+    assert check(ADE20K) == (1, found)
+    with pytest.raises(ValueError, match=r'expected 2, got 1'):
+        build(data, ADE20K)[0]
+
+
+def test_thin_image_for_classification(data, check, coco):
+    resize_first(data, coco, 1, SIDE)
+    assert check(CLASSIFIER) == (0, {'image is 1 pixel wide or tall': ['folders/dark/0.png']})
+    text = CLASSIFIER.replace(
+        "dict(type='PackInputs')", "dict(type='Resize', scale=9), dict(type='PackInputs')"
+    )
+    assert build(data, text)[0]['inputs'].shape == (3, 9, 9)
+
+
+# --- COCO's format --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('text', ['{"images": [', '\x00', '[' * 100_000])
+def test_not_json(data, check, text):
+    (data / 'coco/boxes.json').write_text(text)
+    code, found = check(RETINANET)
+    assert (code, list(found)) == (1, ['annotation file is not JSON'])
+    with pytest.raises((json.JSONDecodeError, RecursionError)):
+        build(data, RETINANET)
+
+
+UNUSABLE = 'annotation file lacks a key or has an unusable value'
+
+
+@pytest.mark.parametrize('key', ['images', 'annotations', 'categories'])
+def test_no_list(data, check, coco, key):
+    coco(lambda file: file.pop(key))
+    code, found = check(RETINANET)
+    assert (code, found[UNUSABLE]) == (1, [f'coco/boxes.json: {key} is no list'])
+    with pytest.raises((KeyError, ValueError)):
+        build(data, RETINANET)
+
+
+def test_no_dict(data, check):
+    (data / 'coco/boxes.json').write_text('[]')
+    assert len(check(RETINANET)[1][UNUSABLE]) == 3
+    with pytest.raises(AssertionError, match="<class 'list'> not supported"):
+        build(data, RETINANET)
+
+
+@pytest.mark.parametrize(
+    'part, key', [(part, key) for part, keys in check_dataset.KEYS.items() for key in keys]
+)
+def test_missing_key(data, check, coco, part, key):
+    coco(lambda file: file[part][1].pop(key))
+    code, found = check(RETINANET)
+    assert (code, found[UNUSABLE]) == (1, [f"coco/boxes.json: {part}[1].{key} is 'missing'"])
+    with pytest.raises(KeyError, match=key):
+        build(data, RETINANET)
+
+
+@pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, 3, 4, 5], ['1', 2, 3, 4], None], ids=str)
+def test_unusable_box(data, check, coco, box):
+    coco(first(bbox=box))
+    assert check(RETINANET)[1][UNUSABLE] == [f'coco/boxes.json: annotations[0].bbox is {box!r}']
+    with pytest.raises((TypeError, ValueError)):
+        build(data, RETINANET)
+
+
+def test_image_id_twice(data, check, coco):
+    coco(lambda file: file['images'][0].update(id=1))
+    code, found = check(RETINANET)
+    assert (code, found['image id is there twice']) == (1, ['coco/boxes.json: 1'])
+    taken = [build(data, RETINANET).get_data_info(i) for i in range(3)]
+    assert [info['img_path'][-5:] for info in taken] == ['1.png', '2.png', '3.png']
+
+
+def test_annotation_id_twice(data, check, coco):
+    coco(first(id=1))
+    assert check(RETINANET) == (1, {'annotation id is there twice': ['coco/boxes.json: 1']})
+    with pytest.raises(AssertionError, match='are not unique'):
+        build(data, RETINANET)
+
+
+def test_image_twice(data, check, coco):
+    coco(lambda file: file['images'][0].update(file_name='1.png'))
+    assert check(RETINANET) == (0, {'image is listed twice': ["coco/boxes.json: '1.png'"]})
+    paths = [build(data, RETINANET).get_data_info(i)['img_path'][-5:] for i in range(4)]
+    assert paths == ['1.png', '1.png', '2.png', '3.png']
+
+
+def test_category_twice(data, check, coco):
+    coco(lambda file: file['categories'].insert(0, dict(id=5, name='dark')))
+    code, found = check(RETINANET)
+    assert (code, found['category is there twice']) == (1, ["coco/boxes.json: 'dark'"])
+    assert build(data, RETINANET).cat2label == {5: 0, 1: 1, 2: 2}
+
+
+def test_class_not_in_the_file(data, check):
+    text = RETINANET.replace("'light'", "'medium', 'light'")
+    fault = 'class of the config is not in the file'
+    assert check(text) == (1, {fault: ["coco/boxes.json: 'medium'"]})
+    dataset = build(data, text)
+    sample = dataset[1]['data_samples']  # of a light object
+    assert [dataset.metainfo['classes'][label] for label in sample.gt_instances.labels] == ['medium']
+
+
+def test_classes_in_another_order(data, check):
+    text = RETINANET.replace("'dark', 'light'", "'light', 'dark'")
+    code, found = check(text)
+    assert (code, list(found)) == (0, ['classes are in another order than in the file'])
+    dataset = build(data, text)
+    labels = dataset[1]['data_samples'].gt_instances.labels  # of a light object
+    assert [dataset.metainfo['classes'][label] for label in labels] == ['dark']
+
+
+def test_category_of_no_class(data, check):
+    text = RETINANET.replace("('dark', 'light')", "('light',)")
+    assert check(text) == (
+        0,
+        {
+            'category is no class of the config': ["coco/boxes.json: 'dark'"],
+            LEFT_OUT: ['coco/images/0.png', 'coco/images/2.png'],
+        },
+    )
+    assert len(build(data, text)) == 2
+
+
+def test_unknown_category(data, check, coco):
+    coco(first(category_id=9))
+    found = {
+        'category id is unknown to the file': ['coco/boxes.json: annotation 0: 9'],
+        LEFT_OUT: ['coco/images/0.png'],
+    }
+    assert check(RETINANET) == (1, found)
+    assert len(build(data, RETINANET)) == 3
+
+
+def test_unknown_image(data, check, coco):
+    coco(first(image_id=9))
+    code, found = check(RETINANET)
+    assert (code, found['annotation is of an unknown image']) == (1, ['coco/boxes.json: annotation 0: 9'])
+    assert len(build(data, RETINANET)) == 3
+
+
+def test_image_without_annotations(data, check, coco):
+    coco(lambda file: file['annotations'].pop(0))
+    assert check(RETINANET) == (0, {LEFT_OUT: ['coco/images/0.png']})
+    assert len(build(data, RETINANET)) == 3
+    assert check(DETECTOR) == (0, {'image has no annotations': ['coco/images/0.png']})
+    assert kept(data, DETECTOR) == (0, 0)
+    assert all(np.isfinite(sum(map(float, terms))) for terms in loss(data, DETECTOR).values())
+
+
+@pytest.mark.parametrize('key', ['annotations', 'images'])
+def test_no_image_left(data, check, coco, key):
+    coco(lambda file: file[key].clear())
+    code, found = check(RETINANET)
+    assert (code, len(found['data set holds no images'])) == (1, 1)
+    with pytest.raises(ValueError, match='need at least one array to concatenate'):
+        build(data, RETINANET)
+
+
+def test_test_set_without_annotations(check, coco):
+    coco(lambda file: file.pop('annotations'))
+    code, found = check(RETINANET, '--split', 'val')
+    assert (code, list(found)) == (0, ['image has no annotations'])
+
+
+def test_other_size(data, check, coco):
+    Image.new('RGB', (2 * SIDE, SIDE)).save(data / 'coco/images/0.png')
+    code, found = check(RETINANET)
+    assert (code, list(found)) == (1, ['width and height are not those of the image'])
+    coco(first(bbox=[SIDE, 0, SIDE, SIDE]))  # within the image, but not as wide as it is said to be
+    assert kept(data) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    'fault, changes, objects',
+    [
+        ('box has no area', dict(bbox=[5, 5, 0, 9]), 0),
+        ('box has no area', dict(bbox=[5, 5, 9, -4]), 0),
+        ('box has no area', dict(area=0), 0),
+        ('box is less than 1 pixel wide or tall', dict(bbox=[5, 5, 9, 0.5]), 0),
+        ('box is outside its image', dict(bbox=[SIDE, 5, 9, 9]), 0),
+        ('box is outside its image', dict(bbox=[5, -9, 9, 9]), 0),
+        ('box is partly outside its image', dict(bbox=[50, 50, 15, 9]), 1),
+        ('box is partly outside its image', dict(bbox=[5, -1, 9, 9]), 1),
+        ('box is not finite', dict(bbox=[NAN, 5, 9, 9]), 0),
+        ('box is not finite', dict(bbox=[5, 5, 9, NAN]), 0),
+        ('box is not finite', dict(bbox=[5, 5, INF, 9]), 1),
+        (None, dict(bbox=[-0.5, 5, 64.9, 9]), 1),
+        (None, dict(bbox=[5, 5, 0, 9], ignore=1), 0),
+        (None, dict(iscrowd=1), 0),
+    ],
+    ids=str,
+)
+def test_box(data, check, coco, fault, changes, objects):
+    coco(first(**changes))
+    code, found = check(RETINANET)
+    if fault:
+        size = (SIDE, SIDE)
+        box = json.loads((data / 'coco/boxes.json').read_text())['annotations'][0]['bbox']
+        assert found == {fault: [f'coco/boxes.json: annotation 0 of 0.png: {box} in {size}']}
+    else:
+        assert found == {}
+    assert code == (fault in check_dataset.ERRORS)
+    assert kept(data)[0] == objects
+
+
+def test_box_cut_to_the_image(data, coco):
+    coco(first(bbox=[50, 50, 40, INF]))
+    sample = build(data, RETINANET)[0]['data_samples']
+    assert sample.gt_instances.bboxes.tensor.max() == 800
+    assert torch.isinf(loss(data, DETECTOR)['loss_bbox'][0])  # which loads boxes after Resize
+
+
+def test_validation_misses_what_training_leaves_out(data, coco):
+    api = pytest.importorskip('mmdet.datasets.api_wrappers')
+    coco(first(bbox=[5, 5, 0, 9], area=0))
+    truth = api.COCO(str(data / 'coco/boxes.json'))
+    others = list(truth.anns.values())[1:]
+    keys = ('image_id', 'category_id', 'bbox')
+    found = truth.loadRes([dict(score=0.9, **{key: other[key] for key in keys}) for other in others])
+    evaluation = api.COCOeval(truth, found, 'bbox')
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[8] == 0.75  # recall: the class of the first image has two objects, one unfound
+
+
+READ = 'mask cannot be read'
+OTHER_SIZE = 'mask (RLE) is of another size than its image'
+
+
+@pytest.mark.parametrize(
+    'fault, mask, outcome',
+    [
+        ('mask is missing', [], KeyError),
+        ('mask is missing', None, KeyError),
+        ('mask has no polygon of three points', [[1, 2, 30, 4]], (0, 1)),
+        ('mask has no polygon of three points', [[1, 2, 30, 4, 5, 60, 7]], (0, 1)),
+        ('mask has polygons of less than three points', [[1, 2], [5, 5, 20, 5, 20, 20]], (1, 0)),
+        (READ, [1, 2, 30, 4, 5, 60], TypeError),
+        (READ, 'polygon', TypeError),
+        (READ, dict(size=[SIDE, SIDE]), (0, 1)),
+        (READ, dict(size=[SIDE, SIDE], counts=[0, 5000]), ValueError),
+        (READ, dict(size=[SIDE, SIDE], counts='abc'), ValueError),
+        (OTHER_SIZE, dict(size=[32, 32], counts=[0, 1024]), ValueError),
+        (OTHER_SIZE, dict(size=[32, 128], counts=[0, 4096]), (1, 0)),
+        (None, dict(size=[SIDE, SIDE], counts=[0, 4096]), (1, 0)),
+    ],
+    ids=str,
+)
+def test_mask(data, check, coco, fault, mask, outcome):
+    coco(first(segmentation=mask))
+    found = {fault: ['coco/boxes.json: annotation 0 of 0.png']} if fault else {}
+    assert check(MASK_RCNN) == (int(fault in check_dataset.ERRORS), found)
+    assert check(RETINANET) == (0, {})  # it takes no masks
+    if isinstance(outcome, tuple):
+        assert kept(data, MASK_RCNN) == outcome
+    else:
+        with pytest.raises(outcome):
+            build(data, MASK_RCNN)[0]
+
+
+@pytest.mark.parametrize('number', [NAN, INF, 1e9])
+def test_mask_that_may_crash(check, coco, number):
+    """Not built here: pycocotools may end the process."""
+    coco(first(segmentation=[[1, 2, number, 4, 5, 6]]))
+    code, found = check(MASK_RCNN)
+    assert (code, list(found)) == (1, ['mask has numbers beyond 1e6 or not finite'])
+
+
+@pytest.mark.parametrize('size, fault', [((SIDE, 2 * SIDE), None), ((2 * SIDE, SIDE), OTHER_SIZE)])
+def test_mask_of_a_wide_image(data, check, coco, size, fault):
+    """The size of an RLE is its height and width, that of an image its width and height."""
+    Image.new('RGB', (2 * SIDE, SIDE)).save(data / 'coco/images/0.png')
+    coco(lambda file: file['images'][0].update(width=2 * SIDE))
+    coco(first(segmentation=dict(size=size, counts=[9, 2 * SIDE * SIDE - 9])))
+    assert list(check(MASK_RCNN)[1]) == [fault] * bool(fault)
+    masks = build(data, MASK_RCNN)[0]['data_samples'].gt_instances.masks.masks
+    seen = np.argwhere(masks[0] == 0)  # the first nine pixels down the first column, or elsewhere
+    assert (np.ptp(seen[:, 1]) < 200) == (fault is None)
+
+
+def test_mask_of_another_size_than_the_file(data, check, coco):
+    """The file decides, not the size that the annotations give."""
+    Image.new('RGB', (2 * SIDE, SIDE)).save(data / 'coco/images/0.png')
+    coco(first(segmentation=dict(size=[SIDE, SIDE], counts=[0, SIDE * SIDE])))
+    assert OTHER_SIZE in check(MASK_RCNN)[1]
+    with pytest.raises(ValueError, match='cannot reshape array'):
+        build(data, MASK_RCNN)[0]
+
+
+@pytest.mark.parametrize(
+    'fault, width', [('box has no area', 0), ('box is less than 1 pixel wide or tall', 0.5)]
+)
+def test_mask_of_a_box_left_out(data, check, coco, fault, width):
+    coco(first(bbox=[5, 5, width, 9], segmentation=[]))
+    assert list(check(MASK_RCNN)[1]) == [fault]
+    assert kept(data, MASK_RCNN) == (0, 0)
+
+
+# --- Segmentation ---------------------------------------------------------------------------------
+
+
+def put_map(data, pixels):
+    Image.fromarray(pixels).save(data / 'labels/0.png')
+
+
+def test_missing_map(data, check):
+    (data / 'labels/0.png').unlink()
+    assert check(ADE20K) == (1, {'map is missing': ['labels/0.png']})
+    with pytest.raises(FileNotFoundError, match='labels/0.png'):
+        build(data, ADE20K)[0]
+
+
+@pytest.mark.parametrize('size', [0, 60])
+def test_unreadable_map(data, check, size):
+    path = data / 'labels/0.png'
+    path.write_bytes(path.read_bytes()[:size])
+    assert check(ADE20K) == (1, {'map cannot be read': ['labels/0.png']})
+    with pytest.raises(OSError, match='image file'):
+        build(data, ADE20K)[0]
+
+
+@pytest.mark.parametrize('channels', [2, 3, 4])
+def test_coloured_map(data, check, channels):
+    put_map(data, np.ones((SIDE, SIDE, channels), np.uint8))
+    assert check(SEGMENTOR) == (1, {'map has colours or alpha': ['labels/0.png']})
+    with pytest.raises(RuntimeError, match='equal size'):
+        loss(data, SEGMENTOR)
+
+
+def test_map_with_palette(data, check):
+    """Indices count, not the colours that they stand for."""
+    image = Image.fromarray(np.ones((SIDE, SIDE), np.uint8))
+    image.putpalette([200, 100, 50] * 256)
+    image.save(data / 'labels/0.png')
+    assert check(SEGMENTOR) == (0, {})
+    assert build(data, SEGMENTOR)[0]['data_samples'].gt_sem_seg.data.unique() == 1
+
+
+def test_map_of_another_size(data, check):
+    put_map(data, np.ones((SIDE, SIDE - 1), np.uint8))
+    fault = 'map is of another size than its image'
+    assert check(SEGMENTOR) == (1, {fault: ['labels/0.png: (63, 64), image (64, 64)']})
+    with pytest.raises(RuntimeError, match='equal size'):
+        loss(data, SEGMENTOR)
+
+
+def test_map_beyond_8_bits(data, check):
+    put_map(data, np.full((SIDE, SIDE), 257, np.uint16))
+    assert check(SEGMENTOR) == (1, {'map has values beyond 0..255': ['labels/0.png: [257]']})
+    assert build(data, SEGMENTOR)[0]['data_samples'].gt_sem_seg.data.unique() == 1
+
+
+WRONG_VALUES = 'map has values that are no class'
+
+
+def test_values_that_are_no_class(data, check):
+    pixels = np.ones((SIDE, SIDE), np.uint8)
+    pixels[:9] = 255
+    put_map(data, pixels)
+    assert check(SEGMENTOR) == (0, {})
+    assert float(loss(data, SEGMENTOR)['decode.loss_ce']) > 0
+    pixels[:2], pixels[2] = 2, 7
+    put_map(data, pixels)
+    place = 'labels/0.png: [2, 7], classes are 0..1, 255 for none'
+    assert check(SEGMENTOR) == (1, {WRONG_VALUES: [place]})
+    with pytest.raises(IndexError, match='Target . is out of bounds'):
+        loss(data, SEGMENTOR)
+
+
+def test_values_with_reduced_zero(data, check):
+    """ADE20K: 1..150 are classes, 0 and 255 are none."""
+    pixels = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 151
+    pixels[0] = 255
+    put_map(data, pixels.astype(np.uint8))
+    assert check(ADE20K) == (0, {})
+    labels = build(data, ADE20K)[0]['data_samples'].gt_sem_seg.data.unique().tolist()
+    assert set(labels) <= {*range(150), 255}
+    pixels[1] = 151
+    put_map(data, pixels.astype(np.uint8))
+    place = 'labels/0.png: [151], classes are 1..150, 0 and 255 for none'
+    assert check(ADE20K) == (1, {WRONG_VALUES: [place]})
+
+
+def test_values_of_some_classes(data, check):
+    """A config that takes two classes of a data set ignores the others."""
+    put_map(data, np.full((SIDE, SIDE), 150, np.uint8))
+    text = ADE20K + "\ntrain_dataloader['dataset']['metainfo'] = dict(classes=('wall', 'sky'))"
+    assert check(text) == (0, {})
+    assert build(data, text)[0]['data_samples'].gt_sem_seg.data.unique() == 255
+
+
+def test_map_without_image(data, check):
+    (data / 'photos/0.jpg').rename(data / 'photos/0.jpeg')
+    assert check(ADE20K) == (0, {'map has no image': ['labels/0.png']})
+    assert len(build(data, ADE20K)) == 3
+
+
+def test_equal_names(data, check):
+    (data / 'photos/more').mkdir()
+    (data / 'labels/more').mkdir()
+    (data / 'photos/0.jpg').rename(data / 'photos/more/1.jpg')
+    (data / 'labels/0.png').rename(data / 'labels/more/1.png')
+    assert check(ADE20K) == (0, {'images in two folders have one name': ['1']})
+
+
+def test_listed_images(data, check):
+    (data / 'listed.txt').write_text('0\n1\n0\n')
+    text = ADE20K + "\ntrain_dataloader['dataset']['ann_file'] = 'listed.txt'"
+    assert check(text) == (0, {'image is listed twice': ['photos/0.jpg']})
+    assert len(build(data, text)) == 3
+
+
+def test_no_images(data, check):
+    text = SEGMENTOR.replace("img_suffix='.png'", "img_suffix='.bmp'")
+    assert check(text)[1]['data set holds no images'] == ['coco/images']
+    with pytest.raises(ValueError, match='need at least one array to concatenate'):
+        build(data, text)
+
+
+# --- Classification -------------------------------------------------------------------------------
+
+
+def test_folders_that_are_not_the_classes(data, check):
+    code, found = check(IMAGENET)
+    assert (code, list(found)) == (1, ['images cannot be listed'])
+    message = r"The number of subfolders \(2\) doesn't match the number of specified classes \(1000\)"
+    assert re.search(message, found['images cannot be listed'][0])
+    with pytest.raises(AssertionError, match=message):
+        build(data, IMAGENET)
+
+
+def test_label_beyond_the_head(data, check):
+    (data / 'listed.txt').write_text('dark/0.png 0\nlight/1.png 2\n')
+    place = 'folders/light/1.png: 2, classes are 0..1'
+    assert check(LISTED) == (1, {'label is no class of the head': [place]})
+    with pytest.raises(IndexError, match='Target 2 is out of bounds'):
+        loss(data, LISTED)
+
+
+def test_more_folders_than_classes(data, check):
+    """A folder of something else moves the labels of those after it, too."""
+    (data / 'folders/.cache').mkdir()
+    code, found = check(CLASSIFIER)
+    assert code == 1
+    assert len(found['label is no class of the head']) == 2
+    assert found['class folder holds no images'] == ['folders/.cache']
+    assert build(data, CLASSIFIER).get_gt_labels().tolist() == [1, 1, 2, 2]
+
+
+def test_fewer_folders_than_classes(data, check):
+    text = CLASSIFIER.replace('num_classes=2', 'num_classes=3')
+    place = 'folders: 2 folders, 3 classes'
+    assert check(text) == (0, {'folders are fewer than classes of the head': [place]})
+
+
+def test_list_of_labels(data, check):
+    (data / 'listed.txt').write_text('dark/0.png 2\ndark/0.png 1\nlight/9.png 1\n')
+    found = {
+        'label is no class of the head': ['folders/dark/0.png: 2, classes are 0..1'],
+        'image is missing': ['folders/light/9.png'],
+        'image is listed twice': ['folders/dark/0.png'],
+    }
+    assert check(LISTED) == (1, found)
+    assert build(data, LISTED).get_gt_labels().tolist() == [2, 1, 1]
+
+
+def test_list_without_labels(data, check):
+    (data / 'listed.txt').write_text('dark/0.png 0\nlight/1.png\n')
+    code, found = check(LISTED)
+    assert (code, list(found)) == (1, ['images cannot be listed'])
+    with pytest.raises(ValueError, match='not enough values'):
+        build(data, LISTED)
