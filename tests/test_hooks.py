@@ -415,3 +415,30 @@ def test_augmentation_that_is_not_described(tiny):
     cfg.pop('tta_model')
     with pytest.raises(SystemExit, match='--tta needs tta_model and tta_pipeline'):
         test_tool.augment(cfg)
+
+
+class Spoil(Hook):
+    """Makes the weights NaN before a step, as a step at too high a rate does."""
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter == 2:
+            for parameter in runner.model.parameters():
+                parameter.data.fill_(math.nan)
+
+
+def test_a_loss_of_nan_ends_the_run_before_it_is_averaged(call, tmp_path):
+    write_data(tmp_path)
+    average = "custom_hooks = [dict(type='EMAHook', momentum=0.5, priority='ABOVE_NORMAL')]\n"
+    config = write_config(tmp_path, CLASSIFIER + average)
+    runners = []
+
+    class Keep(Spoil):
+        def before_run(self, runner: Runner) -> None:
+            runners.append(runner)
+
+    with pytest.raises(SystemExit, match=r'error: step 3: loss is nan. The checkpoints before it are good'):
+        call(train_tool, config, '--cfg-options', 'train_cfg.max_epochs=3', hooks=(Keep(),))
+    [averaged] = [hook.ema_model for hook in runners[0].hooks if type(hook).__name__ == 'EMAHook']
+    assert all(value.isfinite().all() for value in averaged.state_dict().values())
+    assert (tmp_path / 'work_dirs/tiny/epoch_1.pth').exists()
+    assert not (tmp_path / 'work_dirs/tiny/epoch_2.pth').exists()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from tiny import CLASSIFIER, ROOT, run, write_config, write_data
@@ -107,6 +108,30 @@ def test_a_checkpoint_cut_off_is_passed_over(tmp_path: Path, config: str, traine
     assert f'{start}work_dirs/tiny/epoch_2.pth: the end of the file is missing' in log
     assert 'resumed epoch: 1, ' in log
     assert states(trained)
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_taken(trained: Path, runtime: Any) -> None:
+    (trained / 'last_checkpoint').write_text(str(trained / 'epoch_1.pth'))
+    cfg = Config(dict(work_dir=str(trained), resume=True))
+    runtime.find_resumable(cfg)
+    assert cfg.load_from == str(trained / 'epoch_1.pth')
+
+
+@pytest.mark.parametrize('pointer', ['', 'gone.pth', None])
+def test_without_word_of_the_last_checkpoint(trained: Path, runtime: Any, pointer: str | None) -> None:
+    (trained / 'last_checkpoint').unlink()
+    if pointer is not None:
+        (trained / 'last_checkpoint').write_text(pointer)
+    cfg = Config(dict(work_dir=str(trained), resume=True))
+    runtime.find_resumable(cfg)
+    assert cfg.load_from == str(trained / 'epoch_2.pth')
+
+
+def test_nothing_to_resume_from(tmp_path: Path, runtime: Any, capsys: pytest.CaptureFixture) -> None:
+    cfg = Config(dict(work_dir=str(tmp_path / 'new'), resume=True))
+    runtime.find_resumable(cfg)
+    assert not cfg.resume and cfg.get('load_from') is None
+    assert 'the training begins anew' in capsys.readouterr().out
 
 
 def test_nothing_but_damaged_checkpoints(tmp_path: Path, config: str, trained: Path) -> None:

@@ -257,11 +257,14 @@ def find_resumable(cfg: Config) -> None:
     """
     if not cfg.get('resume') or cfg.get('load_from'):
         return
-    pointer = Path(cfg.work_dir, 'last_checkpoint')  # they may be saved elsewhere
+    pointer = Path(cfg.work_dir, 'last_checkpoint')
     last = Path(pointer.read_text().strip()) if pointer.is_file() else pointer
-    folder = last.parent if last.parent.is_dir() else Path(cfg.work_dir)
-    found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', file.name), file) for file in folder.glob('*.pth')]
-    saved = [file for _, file in sorted((int(name[2]), file) for name, file in found if name)[::-1]]
+    folder = last.parent if last.is_file() else Path(cfg.work_dir)  # they may be saved elsewhere
+    names = {file: re.fullmatch(r'(epoch|iter)_(\d+)\.pth', file.name) for file in folder.glob('*.pth')}
+    saved = [file for file, name in names.items() if name]
+    saved.sort(key=lambda file: int(names[file][2]), reverse=True)
+    if last.is_file():  # what has a higher number is of an earlier run
+        saved = saved[saved.index(last) :] if last in saved else [last]
     for file in saved:
         try:
             read_checkpoint(file)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator
 
 import runtime
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
-from mmengine.runner import autocast
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.runner import Runner, autocast
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
@@ -37,6 +39,24 @@ class Bfloat16OptimWrapper(OptimWrapper):
         """Compute what autocast lists in bfloat16; weights and their gradients stay float32."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
+
+
+@HOOKS.register_module(force=True)
+class StopAtInvalidLossHook(Hook):
+    """End the run at the first loss that is not finite, before that step is averaged or saved."""
+
+    priority = 'VERY_HIGH'
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        for name, value in (outputs or {}).items():
+            if 'loss' in name and not math.isfinite(value):
+                # whichever process it is: the others' losses may be finite still
+                raise SystemExit(
+                    f'error: step {runner.iter + 1}: {name} is {float(value)}. The checkpoints before it are '
+                    'good: lower the learning rate, or clip gradients (optim_wrapper.clip_grad), and --resume'
+                )
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,6 +105,7 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
 
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='StopAtInvalidLossHook')]
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
