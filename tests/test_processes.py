@@ -114,7 +114,7 @@ def test_two_halves_give_the_gradients_of_the_whole(scope: str, tmp_path: Path) 
     for name, expected in whole.items():
         assert torch.equal(halves[0][name], halves[1][name])
         error = (halves[0][name] - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-        assert error <= 2e-6, (name, float(error))
+        assert error <= 5e-6, (name, float(error))  # float32
 
 
 DYING = """

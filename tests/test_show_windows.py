@@ -49,10 +49,12 @@ def main(tool, monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def figure(tool, monkeypatch):
     """Keep the figures that are drawn: this gives the last."""
-    monkeypatch.setattr(tool.plt, 'close', lambda fig: None)
-    yield tool.plt.gcf
+    drawn = []
+    monkeypatch.setattr(tool.plt, 'close', drawn.append)
+    yield lambda: drawn[-1]
     monkeypatch.undo()
-    tool.plt.close('all')
+    for fig in drawn:
+        tool.plt.close(fig)
 
 
 def attention_module(window):
