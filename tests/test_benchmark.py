@@ -243,6 +243,17 @@ class TestTool:
         assert {f.name for f in tmp_path.iterdir()} == {'benchmark.json', 'benchmark_scale.png'}
         assert 'aten::' in capsys.readouterr().out
 
+    def test_plots_leave_the_settings_of_matplotlib_alone(self, tmp_path: Any) -> None:
+        matplotlib = pytest.importorskip('matplotlib')
+        matplotlib.use('Agg')
+        settings = dict(matplotlib.rcParams)
+        measured = {name: dict(bytes=1, seconds=1.0) for name in ('plain', 'eager', 'deployed')}
+        machine = dict(gpu=None, cpu='any', threads=1, torch='2', emo2_mm='1', date='today')
+        results = dict(arch='1m', machine=machine, scale=[dict(side=side, **measured) for side in (32, 64)])
+        benchmark.draw(results, tmp_path)
+        assert (tmp_path / 'benchmark_scale.png').is_file()
+        assert dict(matplotlib.rcParams) == settings
+
     def test_a_fast_wrong_result_fails_and_is_not_timed(
         self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:

@@ -530,8 +530,10 @@ def test_no_image_left(data, check, coco, key):
 
 
 def test_test_set_without_annotations(check, coco):
+    """Nothing is filtered in test mode, whatever the config says."""
     coco(lambda file: file.pop('annotations'))
-    code, found = check(RETINANET, '--split', 'val')
+    text = RETINANET + "\nval_dataloader['dataset']['filter_cfg'] = dict(filter_empty_gt=True, min_size=99)"
+    code, found = check(text, '--split', 'val')
     assert (code, list(found)) == (0, ['image has no annotations'])
 
 

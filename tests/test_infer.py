@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -231,6 +232,8 @@ def test_odd_images(tiny, main, tmp_path):
     drawn = [name + '.jpg' if name in ('deep.tif', 'without') else name for name in names]
     assert sorted(os.listdir('predictions/vis')) == sorted(drawn)
     sizes = [(x['width'], x['height']) for x in (read(f'predictions/preds/{name}.json') for name in names)]
+    with open('predictions/preds/WORDS IN ÜPPER.PNG.json', encoding='utf-8') as file:
+        assert 'ÜPPER' in file.read()  # for people to read
     assert sizes == [ODD[name].size if name in ODD else (20, 10) for name in names]
 
 
@@ -266,16 +269,18 @@ def test_image_that_the_network_cannot_take(tiny, main):
 
 
 @scopes('mmpretrain')
-def test_files_of_a_folder(tiny, main, tmp_path, monkeypatch):
+def test_files_of_a_folder(tiny, tool, main, tmp_path, monkeypatch):
     """In order, with the time left; hidden ones and those in folders are left out."""
     (tmp_path / 'images/inner').mkdir(parents=True)
     for name in ('b.png', 'a.png', '.hidden.png', 'inner/c.png'):
         Image.new('RGB', (20, 10)).save(tmp_path / 'images' / name)
+    clock = iter((100, 130, 160))  # half a minute for each
+    monkeypatch.setattr(tool, 'time', SimpleNamespace(time=lambda: next(clock)))
     status, out, _ = main('tiny.py', 'tiny.pth', 'images', '--out', 'new/folder')
     assert status == 0
     lines = out.splitlines()
     assert [line.split(':')[-2].split('] ')[1] for line in lines[:2]] == ['a.png', 'b.png']
-    assert lines[0].startswith('[1/2, 0:00:0') and lines[1].startswith('[2/2, 0:00:00 left]')
+    assert lines[0].startswith('[1/2, 0:00:30 left]') and lines[1].startswith('[2/2, 0:00:00 left]')
     assert lines[2:] == ['2 pictures in new/folder/vis, as JSON in new/folder/preds']
 
 

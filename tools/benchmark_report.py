@@ -123,23 +123,23 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            'font.size': 11,
-            'axes.spines.top': False,
-            'axes.spines.right': False,
-            'axes.titlelocation': 'left',
-            'axes.titleweight': 'bold',
-            'savefig.dpi': 160,
-        }
-    )
+    style = {
+        'font.size': 11,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.titlelocation': 'left',
+        'axes.titleweight': 'bold',
+        'savefig.dpi': 160,
+    }
     cases = [case for case in results.get('cases', []) if case['agrees']]
     for rows, plot, name in (
         (cases, draw_cases, 'benchmark'),
         (results.get('scale'), draw_scale, 'benchmark_scale'),
         (results.get('peers'), draw_peers, 'benchmark_peers'),
     ):
-        if rows:
+        if not rows:
+            continue
+        with plt.rc_context(style):
             figure = plot(plt, rows, f'EMOv2-{results["arch"]}')
             figure.text(0.995, 0.005, caption(results['machine']), ha='right', fontsize=8, color='#57606a')
             figure.tight_layout(rect=(0, 0.02, 1, 1))
