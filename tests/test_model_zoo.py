@@ -99,6 +99,7 @@ def test_measure_writes_sizes_and_nothing_else(copy, main, monkeypatch):
 def test_every_config_has_one_entry():
     folders = (ROOT / 'configs' / task for task in ('cls', 'det', 'seg'))
     configs = [path.relative_to(ROOT).as_posix() for folder in folders for path in folder.glob('*.py')]
+    configs = [name for name in configs if not name.endswith('_custom.py')]
     assert sorted(model['Config'] for model in MODELS) == sorted(configs)
     for model in MODELS:
         assert model['Name'] == Path(model['Config']).stem

@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple
 import cv2
 import mmcv
 import numpy as np
+import own_data
 import runtime
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import DATASETS, DefaultScope
@@ -494,6 +495,7 @@ def main() -> int:
     try:
         cfg = Config.fromfile(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
+        own_data.complete(cfg)
         loaders = [cfg.get(f'{split}_dataloader') for split in args.split]
         parts = [leaf for loader in loaders if loader for leaf in leaves(loader.dataset)]
         parts = [leaf for i, leaf in enumerate(parts) if leaf not in parts[:i]]  # test is often val

@@ -136,6 +136,16 @@ def innermost(dataset: ConfigDict) -> ConfigDict:
     return dataset
 
 
+def dicts(node: Any, key: str) -> Iterator[tuple[str, ConfigDict]]:
+    """All dicts in a part of a config, with their places."""
+    if isinstance(node, dict):
+        yield key, node
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, child in items:
+        if isinstance(child, (dict, list, tuple)):
+            yield from dicts(child, f'{key}.{name}')
+
+
 def is_missing(path: Any) -> bool:
     """Whether this is a path on this machine, not an address, and nothing is there."""
     return isinstance(path, str) and '://' not in path and not os.path.exists(path)
@@ -288,7 +298,7 @@ def check_pretrained(cfg: Config) -> None:
     A run that resumes has all weights in its own checkpoint: it goes on without that file.
     """
     resumes = cfg.get('resume', False) and cfg.get('load_from')
-    for key, node in list(_dicts(cfg.model, 'model')):
+    for key, node in list(dicts(cfg.model, 'model')):
         inits = node.get('init_cfg') or []
         for init in [inits] if isinstance(inits, dict) else inits:
             file = os.path.expanduser(init.get('checkpoint') or '')
@@ -304,16 +314,6 @@ def check_pretrained(cfg: Config) -> None:
                 f'{key}.init_cfg.checkpoint=FILE, or start from random ones with '
                 f'--cfg-options {key}.init_cfg=None'
             )
-
-
-def _dicts(node: Any, key: str) -> Iterator[tuple[str, ConfigDict]]:
-    """All dicts in a part of a config, with their places."""
-    if isinstance(node, dict):
-        yield key, node
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for name, child in items:
-        if isinstance(child, (dict, list, tuple)):
-            yield from _dicts(child, f'{key}.{name}')
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -336,7 +336,7 @@ def _use_cpu_processes(cfg: Config) -> None:
     cfg.model_wrapper_cfg = wrapper
 
     cfg.pop('sync_bn', None)
-    norms = [node for _, node in _dicts(cfg.model, 'model') if node.get('type') in SYNC_BN]
+    norms = [node for _, node in dicts(cfg.model, 'model') if node.get('type') in SYNC_BN]
     for norm in norms:
         norm['type'] = 'BN'
     if norms:

@@ -11,6 +11,7 @@ import argparse
 import os
 from copy import deepcopy
 
+import own_data
 import runtime
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -92,6 +93,7 @@ def keep_predictions(runner: Runner, scope: str, out: str) -> None:
 def main() -> None:
     args = parse_args()
     cfg = runtime.load_config(args)
+    own_data.complete(cfg)
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
         runtime.fail(f'--out is {args.out}; give a name that ends in .pkl')

@@ -14,13 +14,14 @@ import os
 from contextlib import contextmanager
 from typing import Any, Iterator
 
+import own_data
 import runtime
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner, autocast
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,7 +42,6 @@ class Bfloat16OptimWrapper(OptimWrapper):
             yield
 
 
-@HOOKS.register_module(force=True)
 class StopAtInvalidLossHook(Hook):
     """End the run at the first loss that is not finite, before that step is averaged or saved."""
 
@@ -105,7 +105,6 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
 
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='StopAtInvalidLossHook')]
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -114,13 +113,16 @@ def apply_args(cfg: Config, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     cfg = runtime.load_config(args)
+    own_data.complete(cfg)
     apply_args(cfg, args)
     runtime.check_data(cfg, 'train', 'val')
     runtime.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
     runtime.find_resumable(cfg)
     runtime.check_pretrained(cfg)
     try:
-        runtime.build_runner(cfg).train()
+        runner = runtime.build_runner(cfg)
+        runner.register_hook(StopAtInvalidLossHook())  # not by the config, which others read, too
+        runner.train()
     except OSError as error:
         paths = [os.path.abspath(path) for path in (error.filename, cfg.work_dir) if path]
         denied = error.errno in DENIED and os.path.commonpath(paths) in paths  # one in the other

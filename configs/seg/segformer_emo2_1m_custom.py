@@ -1,0 +1,10 @@
+# SegFormer on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+_base_ = './segformer_emo2_1m.py'
+
+data_format = 'maps'
+data_root = None
+max_epochs = None  # by the number of images
+
+train_dataloader = dict(batch_size=8)
+optim_wrapper = dict(optimizer=dict(lr=1.2e-4))
+auto_scale_lr = dict(base_batch_size=8)
