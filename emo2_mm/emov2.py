@@ -274,9 +274,14 @@ class EMOv2(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         arch = self._check_arch(arch)
-        out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
+        if isinstance(out_indices, int):
+            out_indices = (out_indices,)
+        stages = [i for i in range(4) if isinstance(out_indices, (list, tuple)) and i in out_indices]
+        if not stages or list(out_indices) != stages:
             raise ValueError(f'out_indices is {out_indices}; give rising numbers out of 0, 1, 2, 3')
+        out_indices = tuple(out_indices)
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'in_channels is {in_channels}; give a positive number of channels')
         num_stages = out_indices[-1] + 1
         if frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(
@@ -285,8 +290,8 @@ class EMOv2(BaseModule):
             )
         if not isinstance(window_size, int) or window_size < 1:
             raise ValueError(f'window_size is {window_size}; give a positive number of tokens')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate is {drop_path_rate}; give a rate from 0 to below 1')
+        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate is {drop_path_rate!r}; give a rate from 0 to below 1')
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -340,6 +345,18 @@ class EMOv2(BaseModule):
                     f"heads of {arch['head_dim']}; change arch['channels'], ['expand_ratios'] or ['head_dim']"
                 )
         return arch
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The maps that :meth:`forward` returns, as timm describes them.
+
+        A dict for each of ``out_indices``: ``num_chs`` channels, ``reduction`` (stride in pixels), and
+        ``module``, the name of the stage.
+        """
+        return [
+            dict(num_chs=self.stages[i][-1].project.out_features, reduction=4 << i, module=f'stages.{i}')
+            for i in self.out_indices
+        ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps of an image.

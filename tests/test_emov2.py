@@ -364,8 +364,22 @@ class TestForward:
         assert values == pytest.approx([0.0, 1 / 0.75])
 
 
+INDICES = pytest.mark.parametrize('indices', [(0,), (3,), (0, 2), [1, 2], (0, 1, 2, 3)])
+
+
 class TestArguments:
-    @pytest.mark.parametrize('indices', [(0,), (3,), (0, 2), [1, 2], (0, 1, 2, 3)])
+    @INDICES
+    def test_feature_info(self, indices: list[int]) -> None:
+        """Channels and strides are those of the maps, and the module gives what comes out."""
+        model = tiny(out_indices=indices).eval()
+        maps = model(torch.rand(1, 3, 64, 96))
+        assert len(maps) == len(model.feature_info)
+        for info, features in zip(model.feature_info, maps):
+            stride = info['reduction']
+            assert features.shape == (1, info['num_chs'], 64 // stride, 96 // stride)
+            assert list(model.get_submodule(info['module']).parameters())
+
+    @INDICES
     def test_out_indices(self, indices: list[int]) -> None:
         x = torch.rand(1, 3, 64, 32)
         model, whole = tiny(out_indices=indices).eval(), tiny().eval()
@@ -390,6 +404,10 @@ class TestArguments:
             (dict(out_indices=(-1,)), r'out_indices is \(-1,\)'),
             (dict(out_indices=(2, 1)), 'rising'),
             (dict(out_indices=()), r'out_indices is \(\)'),
+            (dict(out_indices=None), 'out_indices is None'),
+            (dict(out_indices='01'), 'out_indices is 01'),
+            (dict(in_channels=0), 'in_channels is 0'),
+            (dict(drop_path_rate='0.1'), "drop_path_rate is '0.1'"),
             (dict(frozen_stages=5), 'frozen_stages is 5'),
             (dict(frozen_stages=2, out_indices=(0,)), 'builds 1 stages'),
             (dict(window_size=0), 'window_size is 0'),
