@@ -212,11 +212,33 @@ def test_no_annotation_file(data: Path, refused: Callable[..., str]) -> None:
     )
 
 
-def test_categories_of_validation_only(data: Path, refused: Callable[..., str]) -> None:
-    change(
-        data / 'annotations/val.json', lambda content: content['categories'].append(dict(id=9, name='cat'))
-    )
-    assert 'val.json has categories that' in refused(RETINANET, data)
+@pytest.mark.parametrize(
+    'edit',
+    [
+        lambda categories: categories.append(dict(id=9, name='cat')),
+        lambda categories: categories.reverse(),
+        lambda categories: categories.pop(),
+    ],
+    ids=['more', 'another order', 'fewer'],
+)
+def test_other_categories_for_validation(data: Path, refused: Callable[..., str], edit: Any) -> None:
+    change(data / 'annotations/val.json', lambda content: edit(content['categories']))
+    assert 'have to list the same categories' in refused(RETINANET, data)
+
+
+def test_category_twice(data: Path, refused: Callable[..., str]) -> None:
+    for split in ('train', 'val'):
+        file = data / f'annotations/{split}.json'
+        change(file, lambda content: content['categories'].append(dict(id=9, name='dark')))
+    assert 'each once; they have dark, light, dark and' in refused(RETINANET, data)
+
+
+@pytest.mark.parametrize(
+    ('key', 'entry'), [('images', 'file_name'), ('categories', 'name'), ('annotations', 'image_id')]
+)
+def test_entry_without(data: Path, refused: Callable[..., str], key: str, entry: str) -> None:
+    change(data / 'annotations/train.json', lambda content: content[key][0].pop(entry))
+    assert f"train.json: an entry of '{key}' has no '{entry}'" in refused(RETINANET, data)
 
 
 def test_images_that_are_not_there(data: Path, refused: Callable[..., str]) -> None:

@@ -65,10 +65,13 @@ def complete(cfg: Config) -> None:
 def _fit_coco(cfg: Config, root: Path) -> tuple[int, list[str]]:
     files = {split: _coco_file(root, split) for split in SPLITS}
     contents = {split: _read_coco(file) for split, file in files.items()}
-    classes = [category['name'] for category in contents['train']['categories']]
-    absent = [x['name'] for x in contents['val']['categories'] if x['name'] not in classes]
-    if absent:
-        runtime.fail(f'{files["val"]} has categories that {files["train"]} lacks: {", ".join(absent)}')
+    names = {split: [x['name'] for x in content['categories']] for split, content in contents.items()}
+    classes = names['train']
+    if names['val'] != classes or len(set(classes)) < len(classes):  # a label is the place in this list
+        runtime.fail(
+            f'{files["train"]} and {files["val"]} have to list the same categories in the same order, each '
+            f'once; they have {", ".join(classes)} and {", ".join(names["val"])}'
+        )
     for split, stages in (('train', ['train']), ('val', ['val', 'test'])):
         folder = _coco_images(root, split, files[split], contents[split])
         for stage in stages:
@@ -97,9 +100,15 @@ def _read_coco(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as error:
         runtime.fail(f'{file} is not JSON: {error}')
-    for key, what in (('images', 'images'), ('categories', 'classes'), ('annotations', 'boxes')):
+    for key, what, entry in (
+        ('images', 'images', 'file_name'),
+        ('categories', 'classes', 'name'),
+        ('annotations', 'boxes', 'image_id'),
+    ):
         if not isinstance(content, dict) or not content.get(key):
             runtime.fail(f'{file} has no {what}: its list {key!r} is missing or empty')
+        if not all(entry in part for part in content[key]):
+            runtime.fail(f'{file}: an entry of {key!r} has no {entry!r}')
     return content
 
 
