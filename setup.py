@@ -52,7 +52,18 @@ kd = [*cls, 'timm>=1.0.7,<2']
 det = [*engine, 'mmdet>=3.3.0,<4', 'pycocotools']
 seg = [*engine, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex']
 demo = [*cls, *det, 'matplotlib', 'rich', 'scikit-image', 'scikit-learn']
-dev = [*demo, *kd, *seg, 'codespell', 'pre-commit', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff']
+dev = [
+    *demo,
+    *kd,
+    *seg,
+    'codespell',
+    'hypothesis',
+    'pre-commit',
+    'pytest',
+    'pytest-timeout',
+    'pytest-xdist',
+    'ruff',
+]
 
 setup(
     name='emo2_mm',

@@ -6,5 +6,5 @@ data_root = None
 max_epochs = None  # by the number of images
 
 train_dataloader = dict(batch_size=16)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
 auto_scale_lr = dict(base_batch_size=16)
