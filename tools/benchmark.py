@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,7 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
 
 from benchmark_report import draw, one_line, tables  # noqa: E402
+from get_flops import analyzer, count_params  # noqa: E402
 from measuring import in_turns, operators, peak_bytes, saved_bytes  # noqa: E402
+from onnx_emov2 import import_onnx, replace, session, trace  # noqa: E402
 from plain_emov2 import PlainEMOv2, copy_weights  # noqa: E402
 
 import emo2_mm  # noqa: E402
@@ -49,7 +52,7 @@ SHOWN_OPERATORS = 12  # of --profile
 
 
 class Case(NamedTuple):
-    """What is measured: ``eager`` or ``deployed`` inference, a ``train`` step or its ``memory``."""
+    """What is measured: ``eager``, ``deployed`` or ``onnx`` inference, a ``train`` step or its ``memory``."""
 
     kind: str
     batch: int
@@ -89,6 +92,11 @@ def gpu_cases() -> list[Case]:
     return cases + [Case('memory', *LARGE, dtype) for dtype in ('fp32', 'bf16')]
 
 
+def onnx_cases() -> list[Case]:
+    """EMOv2 in ONNX Runtime on the CPU, which must be asked for: not everybody has it."""
+    return [Case('onnx', *shape) for shape in INFERENCE]
+
+
 def select(names: Sequence[str] | None, device: str) -> list[Case]:
     """Find cases by the whole name or by a part of it (``train``, ``8x224``, ``bf16``); None: the usual ones.
 
@@ -98,10 +106,11 @@ def select(names: Sequence[str] | None, device: str) -> list[Case]:
     usual = common_cases() + (gpu_cases() if device == 'cuda' else [])
     if names is None:
         return usual
-    known = {case.name: case for case in common_cases() + gpu_cases()}
+    known = {case.name: case for case in common_cases() + gpu_cases() + onnx_cases()}
     chosen: dict[str, Case] = {}
     for name in names:
-        fits = [known[name]] if name in known else [c for c in usual if name in c.name.split('-')]
+        several = onnx_cases() if name == 'onnx' else usual
+        fits = [known[name]] if name in known else [c for c in several if name in c.name.split('-')]
         if not fits:
             raise ValueError(f'{name} fits no case; the cases are: {" ".join(known)}')
         chosen.update({case.name: case for case in fits})
@@ -123,6 +132,34 @@ def visible_emov2(arch: str | dict, window: int, **kwargs: Any) -> EMOv2:
     return model
 
 
+def check_onnx() -> None:
+    try:
+        for name in ('onnx', 'onnxruntime'):
+            import_onnx(name)
+    except ImportError as error:
+        raise SystemExit(f'error: {error}') from None
+
+
+class InOnnxRuntime(nn.Module):
+    """A network in eval mode as ONNX Runtime computes it on the CPU.
+
+    Args:
+        network: It may have a deployed EMOv2 as a part, or be one.
+        x: Images of the size that it will be given.
+    """
+
+    def __init__(self, network: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        network = replace(deepcopy(network), None, dynamic=False)
+        with torch.no_grad():
+            outputs = network(x)
+        names = ['output'] if isinstance(outputs, Tensor) else [f'output_{i}' for i in range(len(outputs))]
+        self.session = session(trace(network, x, names, {}))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.from_numpy, self.session.run(None, {'image': x.numpy()})))
+
+
 def build(case: Case, arch: str | dict, device: str) -> tuple[nn.Module, nn.Module, Tensor]:
     """Build the plain network, an EMOv2 of the same weights, and images."""
     emo2 = visible_emov2(arch, case.window)
@@ -131,8 +168,10 @@ def build(case: Case, arch: str | dict, device: str) -> tuple[nn.Module, nn.Modu
     x = torch.randn(case.batch, 3, case.height, case.width).to(device)
     for model in (plain, emo2):
         model.train(case.trains).to(device)
-    if case.kind == 'deployed':
+    if case.kind in ('deployed', 'onnx'):
         emo2.switch_to_deploy()
+    if case.kind == 'onnx':
+        emo2 = InOnnxRuntime(emo2, x)
     if not case.trains:  # training keeps its weights in fp32 and casts as it goes
         x, plain, emo2 = (part.to(DTYPES[case.dtype]) for part in (x, plain, emo2))
     if case.variant == 'channels-last':
@@ -220,7 +259,7 @@ class Peer(NamedTuple):
 
     name: str
     side: int
-    top1: float | None
+    top1: float
     source: str
 
 
@@ -232,6 +271,7 @@ PEERS = [
     Peer('repvit_m1_0', 224, 80.0, 'arXiv 2307.09283, distilled'),
     Peer('mobilenetv4_conv_medium', 256, 79.9, 'timm model card'),
 ]
+PEER_LIMIT = 1e-4  # largest relative error of ONNX Runtime's logits
 EMOV2_SIDE = 224
 EMOV2_TOP1 = {'1m': 72.3, '2m': 75.8, '5m': 79.4}
 
@@ -257,25 +297,62 @@ def import_timm() -> Any:
         raise SystemExit(f'--peers needs timm ({error}). Run `pip install timm`.') from None
 
 
-def measure_peers(arch: str, device: str, rounds: int | None) -> list[dict[str, Any]]:
-    """Images per second of EMOv2 and of others, in fp32, each at the size that its top-1 is reported for."""
+def in_onnx_runtime(peer: Peer, model: nn.Module) -> InOnnxRuntime:
+    """A peer in ONNX Runtime.
+
+    Raises:
+        RuntimeError: If it computes something else there.
+    """
+    x = torch.randn(1, 3, peer.side, peer.side)
+    other = InOnnxRuntime(model, x)
+    error = relative_error(other(x), [model(x)])
+    if not error <= PEER_LIMIT:
+        raise RuntimeError(f'{peer.name} differs in ONNX Runtime: a relative error of {error:.0e}')
+    return other
+
+
+@torch.no_grad()
+def measure_peers(device: str, rounds: int | None) -> list[dict[str, Any]]:
+    """Sizes and speed of EMOv2 and of others, in fp32, each at the size that its top-1 is reported for.
+
+    ``onnx_seconds`` is what ONNX Runtime takes for one image; None on a GPU, and of an EMOv2 that is not
+    deployed: its graph is always folded.
+    """
     timm = import_timm()
     reparameterize = importlib.import_module('timm.utils.model').reparameterize_model
-    own = Peer(f'EMOv2-{arch}', EMOV2_SIDE, EMOV2_TOP1.get(arch), 'arXiv 2412.06674')
-    models = {own: Classifier(arch, deployed=False)}
-    models[own._replace(name=f'{own.name} deployed')] = Classifier(arch, deployed=True)
+    models = {}
+    for arch, top1 in EMOV2_TOP1.items():
+        own = Peer(f'EMOv2-{arch}', EMOV2_SIDE, top1, 'arXiv 2412.06674')
+        models[own] = Classifier(arch, deployed=False).eval()
+        models[own._replace(name=f'{own.name} deployed')] = Classifier(arch, deployed=True).eval()
     for peer in PEERS:  # folded, too, where the model knows how
         models[peer] = reparameterize(timm.create_model(peer.name, num_classes=1000).eval())
+    rows = {
+        peer: dict(
+            peer._asdict(),
+            params=count_params(model),
+            flops=analyzer(model, torch.zeros(1, 3, peer.side, peer.side)).total(),
+            images_per_second={},
+            onnx_seconds=None,
+        )
+        for peer, model in models.items()
+    }
+    folded = [peer for peer in models if peer in PEERS or 'deployed' in peer.name] if device == 'cpu' else []
+    others = {peer: in_onnx_runtime(peer, models[peer]) for peer in folded}
     for model in models.values():
         model.to(device)
-    rows = [dict(peer._asdict(), images_per_second={}) for peer in models]
-    with torch.no_grad():
-        for batch in (1, 8 if device == 'cpu' else 64):
-            images = {p.side: torch.randn(batch, 3, p.side, p.side, device=device) for p in models}
-            runs = [lambda m=m, x=images[peer.side]: m(x) for peer, m in models.items()]
-            for row, times in zip(rows, zip(*in_turns(runs, device, rounds))):
-                row['images_per_second'][str(batch)] = batch / median(times)
-    return rows
+    for batch in (1, 8 if device == 'cpu' else 64):
+        images = {p.side: torch.randn(batch, 3, p.side, p.side, device=device) for p in models}
+        runs = {peer: lambda m=model, x=images[peer.side]: m(x) for peer, model in models.items()}
+        if batch == 1:
+            for peer, other in others.items():
+                runs[peer, 'onnx'] = lambda m=other, x=images[peer.side]: m(x)
+        for key, times in zip(runs, zip(*in_turns(list(runs.values()), device, rounds))):
+            if key in rows:
+                rows[key]['images_per_second'][str(batch)] = batch / median(times)
+            else:
+                rows[key[0]]['onnx_seconds'] = median(times)
+    return list(rows.values())
 
 
 def measure_profile(arch: str, device: str) -> list[dict[str, Any]]:
@@ -314,7 +391,8 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f'{__doc__} Exits with 1 if any results differ.',
         epilog=f'Cases: {" ".join(case.name for case in common_cases())}; '
-        f'on a GPU also {" ".join(case.name for case in gpu_cases())}',
+        f'on a GPU also {" ".join(case.name for case in gpu_cases())}; '
+        f'on a CPU, if named, also {" ".join(case.name for case in onnx_cases())}',
     )
     parser.add_argument('--arch', default='5m', choices=list(EMOv2.arch_settings), help='defaults to 5m')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='defaults to cuda where there is one')
@@ -324,7 +402,11 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         '--only', nargs='*', metavar='CASE', help='these cases, or parts of their names; none if left empty'
     )
     parser.add_argument('--scale', action='store_true', help='also the cost per pixel, 224 to 1600')
-    parser.add_argument('--peers', action='store_true', help='also models of timm of like accuracy')
+    parser.add_argument(
+        '--peers',
+        action='store_true',
+        help='also EMOv2 1m, 2m and 5m beside models of timm, on the CPU in ONNX Runtime, too',
+    )
     parser.add_argument('--profile', action='store_true', help='also the operators that take the time')
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for benchmark.json and plots')
     parsed = parser.parse_args(args)
@@ -339,6 +421,8 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         parsed.cases = select(parsed.only, parsed.device)
     except ValueError as error:
         parser.error(f'--only {error}')
+    if parsed.device == 'cuda' and any(case.kind == 'onnx' for case in parsed.cases):
+        parser.error('ONNX Runtime is measured on the CPU; give --device cpu')
     return parsed
 
 
@@ -346,6 +430,8 @@ def main(args: Sequence[str] | None = None) -> int:
     args = parse_args(args)
     if args.peers:
         import_timm()  # say now rather than after minutes that it is missing
+    if args.device == 'cpu' and (args.peers or any(case.kind == 'onnx' for case in args.cases)):
+        check_onnx()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -358,7 +444,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for side in SIDES:
             jobs.append(('scale', f'scale-{side}', partial(measure_side, side, *setting, args.rounds)))
     if args.peers:
-        jobs.append(('peers', 'peers', partial(measure_peers, *setting, args.rounds)))
+        jobs.append(('peers', 'peers', partial(measure_peers, args.device, args.rounds)))
     if args.profile:
         jobs.append(('profile', 'profile', partial(measure_profile, *setting)))
 

@@ -19,6 +19,7 @@ NETWORKS = {
 KINDS = {
     'eager': ('inference', BLUE),
     'deployed': ('inference, deployed', ORANGE),
+    'onnx': ('inference in ONNX Runtime', INK),
     'train': ('training step', GREEN),
     'memory': (None, VIOLET),  # a panel of its own
 }
@@ -97,12 +98,20 @@ def scale_table(rows: list[dict[str, Any]]) -> Table:
 
 def peer_table(rows: list[dict[str, Any]]) -> Table:
     batches = list(rows[0]['images_per_second'])
-    columns = (f'images/s, {batch} at once' for batch in batches)
-    table = table_of('Peers, fp32', 'model', 'size', *columns, 'reported top-1, %', 'reported by')
+    title = (
+        f'Peers, fp32: images/s with {" and ".join(batches)} at once; '
+        'ORT: milliseconds of ONNX Runtime for one image; top-1 as reported'
+    )
+    speeds = (f'images/s, {batch}' for batch in batches)
+    onnx = ('ORT, ms',) if any(row['onnx_seconds'] for row in rows) else ()
+    columns = ('model', 'size', 'params, M', 'mult-adds, M', *speeds, *onnx, 'top-1, %', 'reported by')
+    table = table_of(title, *columns)
     for row in rows:
-        speeds = (f'{row["images_per_second"][batch]:.1f}' for batch in batches)
-        top1 = '' if row['top1'] is None else f'{row["top1"]:.1f}'
-        table.add_row(row['name'], str(row['side']), *speeds, top1, row['source'])
+        cells = [row['name'], str(row['side']), f'{row["params"] / 1e6:.1f}', f'{row["flops"] / 1e6:.0f}']
+        cells += [f'{row["images_per_second"][batch]:.1f}' for batch in batches]
+        if onnx:
+            cells.append(f'{1e3 * row["onnx_seconds"]:.1f}' if row['onnx_seconds'] else '')
+        table.add_row(*cells, f'{row["top1"]:.1f}', row['source'])
     return table
 
 
@@ -228,7 +237,7 @@ def draw_peers(plt: Any, rows: list[dict[str, Any]], title: str) -> Any:
         bars = axis.barh(range(len(rows)), speeds, 0.7, color=colours)
         axis.bar_label(bars, [f'{speed:.1f}' for speed in speeds], padding=5)
         axis.margins(x=0.12)
-        axis.set_title(f'{title} and others, batch {batch}')
+        axis.set_title(f'EMOv2 and others, batch {batch}')
         axis.set_xlabel('images per second, fp32')
     axes[0][0].set_yticks(range(len(rows)), [peer_label(row) for row in rows])
     axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
