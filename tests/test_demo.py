@@ -46,7 +46,7 @@ class TestData:
         assert not set(make_digits.TRAIN_PHOTOS) & set(make_digits.VAL_PHOTOS)
         assert {len(set(splits[name]['labels'])) for name in splits} == {10}
 
-    def test_scenes_are_those_of_the_results_in_the_readme(self) -> None:
+    def test_scenes_are_those_of_the_results_in_the_docs(self) -> None:
         rng = np.random.RandomState(1)
         split = make_digits.load_splits(seed=0)['train']
         scenes = [make_digits.make_scene(split, rng) for _ in range(3)]

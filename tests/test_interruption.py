@@ -127,6 +127,13 @@ def test_without_word_of_the_last_checkpoint(trained: Path, runtime: Any, pointe
     assert cfg.load_from == str(trained / 'epoch_2.pth')
 
 
+def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path, runtime: Any) -> None:
+    torch.save(dict(state_dict={}), tmp_path / 'weights.pth')
+    cfg = Config(dict(work_dir=str(tmp_path), resume=True, load_from=str(tmp_path / 'weights.pth')))
+    with pytest.raises(SystemExit, match='holds no state of a training, only weights; to start from them: '):
+        runtime.find_resumable(cfg)
+
+
 def test_nothing_to_resume_from(tmp_path: Path, runtime: Any, capsys: pytest.CaptureFixture) -> None:
     cfg = Config(dict(work_dir=str(tmp_path / 'new'), resume=True))
     runtime.find_resumable(cfg)

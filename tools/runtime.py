@@ -265,7 +265,15 @@ def find_resumable(cfg: Config) -> None:
 
     The last one may have been cut off by what ended the run. Then it is named, and the one before is taken.
     """
-    if not cfg.get('resume') or cfg.get('load_from'):
+    if not cfg.get('resume'):
+        return
+    if cfg.get('load_from'):
+        content = load_as_data(cfg.load_from)
+        if not isinstance(content, dict) or not {'meta', 'optimizer'} <= set(content):
+            fail(
+                f'--resume: {cfg.load_from} holds no state of a training, only weights; '
+                f'to start from them: --cfg-options load_from={cfg.load_from}'
+            )
         return
     pointer = Path(cfg.work_dir, 'last_checkpoint')
     last = Path(pointer.read_text().strip()) if pointer.is_file() else pointer
