@@ -51,11 +51,13 @@ cls = [*engine, 'mmpretrain>=1.2.0,<2']
 kd = [*cls, 'timm>=1.0.7,<2']
 det = [*engine, 'mmdet>=3.3.0,<4', 'pycocotools']
 seg = [*engine, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex']
+onnx = ['onnx>=1.17,<2', 'onnxruntime>=1.19,<2']
 demo = [*cls, *det, 'matplotlib', 'rich', 'scikit-image', 'scikit-learn']
 dev = [
     *demo,
     *kd,
     *seg,
+    *onnx,
     'codespell',
     'hypothesis',
     'pre-commit',
@@ -87,6 +89,7 @@ setup(
         'kd': kd,
         'det': det,
         'seg': seg,
+        'onnx': onnx,
         'demo': sorted(set(demo)),
         'dev': sorted(set(dev)),
     },

@@ -144,6 +144,11 @@ class TestCases:
         ]
         assert benchmark.select([], 'cpu') == []
 
+    def test_onnx_runtime_is_measured_if_named(self) -> None:
+        assert not any(case.kind == 'onnx' for case in benchmark.select(None, 'cpu'))
+        assert [c.name for c in benchmark.select(['onnx'], 'cpu')][0] == 'onnx-1x224'
+        assert [c.name for c in benchmark.select(['onnx-8x224'], 'cpu')] == ['onnx-8x224']
+
     def test_an_unknown_one_is_named(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             benchmark.main(['--only', 'eager-2x2'])
@@ -281,14 +286,52 @@ class TestTool:
 
     def test_peers(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip('timm')
+        pytest.importorskip('onnxruntime')
         monkeypatch.setattr(benchmark, 'PEERS', [benchmark.PEERS[0]._replace(side=64)])
         monkeypatch.setattr(benchmark, 'EMOV2_SIDE', 64)
-        args = ['--arch', '1m', '--device', 'cpu', '--only', '--rounds', '1', '--peers']
+        monkeypatch.setattr(benchmark, 'EMOV2_TOP1', {'1m': 72.3})
+        args = ['--device', 'cpu', '--only', '--rounds', '1', '--peers']
         assert benchmark.main([*args, '--out', str(tmp_path)]) == 0
-        found = json.loads((tmp_path / 'benchmark.json').read_text())
-        assert [row['name'] for row in found['peers']] == ['EMOv2-1m', 'EMOv2-1m deployed', 'edgenext_small']
-        assert all(min(row['images_per_second'].values()) > 0 for row in found['peers'])
+        found = json.loads((tmp_path / 'benchmark.json').read_text())['peers']
+        assert [row['name'] for row in found] == ['EMOv2-1m', 'EMOv2-1m deployed', 'edgenext_small']
+        assert all(min(row['images_per_second'].values()) > 0 for row in found)
+        assert found[0]['onnx_seconds'] is None
+        assert all(0 < row['onnx_seconds'] < 10 for row in found[1:])
+        backbone = EMOv2(TINY, final_norm=True)
+        head = 25 * 1000  # 24 channels and a bias
+        assert found[0]['params'] == head + sum(p.numel() for p in backbone.parameters())
+        assert 0 < found[1]['params'] < found[0]['params']
+        assert 0 < found[1]['flops'] < found[0]['flops']  # folded
         assert (tmp_path / 'benchmark_peers.png').is_file()
+
+    def test_onnx_runtime(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip('onnxruntime')
+        args = ['--arch', '1m', '--device', 'cpu', '--only', 'onnx', '--rounds', '1']
+        assert benchmark.main([*args, '--out', str(tmp_path)]) == 0
+        cases = json.loads((tmp_path / 'benchmark.json').read_text())['cases']
+        assert [case['name'] for case in cases] == ['onnx-1x32', 'onnx-2x32x48']
+        assert all(case['agrees'] and case['errors']['maps'] > 0 for case in cases)
+        monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+        with pytest.raises(SystemExit, match='run `pip install onnx onnxruntime`'):
+            benchmark.main(args)
+
+    def test_onnx_runtime_has_no_gpu_here(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        with pytest.raises(SystemExit):
+            benchmark.main(['--only', 'onnx'])
+        assert 'give --device cpu' in capsys.readouterr().err
+
+    def test_a_peer_that_differs_in_onnx_runtime_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip('onnxruntime')
+        peer = benchmark.Peer('odd', 32, 80.0, 'nobody')
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
+        assert isinstance(benchmark.in_onnx_runtime(peer, model), nn.Module)
+        own = benchmark.InOnnxRuntime.forward
+        monkeypatch.setattr(benchmark.InOnnxRuntime, 'forward', lambda self, x: [1.01 * own(self, x)[0]])
+        with pytest.raises(RuntimeError, match='odd differs in ONNX Runtime: a relative error of 1e-02'):
+            benchmark.in_onnx_runtime(peer, model)
 
     def test_every_peer_is_a_model_of_timm(self) -> None:
         timm = pytest.importorskip('timm')
