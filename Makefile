@@ -1,6 +1,8 @@
 # emo2_mm: `make help` lists what can be made.
 
-STACK ?= classic
+ifndef STACK
+STACK := $(shell PYTHON='$(PYTHON)' tools/make_env.sh --stack)
+endif
 export STACK PYTHON GPU
 
 STACKS := $(filter-out dev,$(patsubst requirements/%.txt,%,$(wildcard requirements/*.txt)))
@@ -25,7 +27,7 @@ help:
 	@echo 'make format    let ruff mend what it can'
 	@echo 'make clean     remove $(VENV), caches and build products; data and results stay'
 	@echo
-	@echo 'Variables: STACK=$(STACK) (known: $(STACKS)), PYTHON=path of a Python 3.8 - 3.11, GPU=0 to do without one,'
+	@echo 'Variables: STACK=$(STACK) (known: $(STACKS)), PYTHON=path of a Python 3.8 - 3.12, GPU=0 to do without one,'
 	@echo '           JOBS=$(JOBS) test processes, ARGS=more arguments for pytest or the demos'
 
 env:

@@ -109,11 +109,12 @@ FAULTS = [
         without(FORKS, 'mmengine'),
         'error',
         'mmengine is not installed',
-        'pip install onedl-mmengine',
+        'pip install -c requirements/onedl.txt onedl-mmengine',
     ),
     (without(CLASSIC, 'mmcv', 'mmcv.ops'), 'error', 'mmcv is not installed', '--no-build-isolation'),
     (without(CLASSIC, 'emo2_mm'), 'error', 'emo2_mm is not installed', 'pip install . in the folder'),
     (without(CLASSIC, *BASES), 'note', 'without mmpretrain, mmdet and mmseg', '".[det]"'),
+    (without(FORKS, *BASES), 'note', 'without mmpretrain, mmdet and mmseg', 'onedl.txt onedl-mmpretrain'),
     (
         fail(CLASSIC, 'mmcv.ops', NO_EXT),
         'error',
@@ -124,7 +125,7 @@ FAULTS = [
         fail(FORKS, 'mmcv.ops', NO_EXT),
         'error',
         'no compiled operators',
-        'pip install onedl-mmcv --no-build-iso',
+        'requirements/onedl.txt onedl-mmcv --no-build-isolation',
     ),
     (
         fail(CLASSIC, 'mmcv.ops', SYMBOL),
@@ -203,6 +204,8 @@ def test_good_environments():
     (hole,) = check_env.judge(CLASSIC)
     assert hole.level == 'warning'
     assert check_env.judge(FORKS) == []
+    twice = {**FORKS.installed, 'opencv-python-headless': FORKS.installed['opencv-python']}
+    assert check_env.judge(FORKS._replace(installed=twice)) == []
     assert check_env.judge(without(FORKS, 'pkg_resources')) == []  # which nothing there imports
     assert check_env.judge(NO_GPU._replace(torch_cuda=None))[1:] == []
 
@@ -226,10 +229,10 @@ def test_code_base_that_works_was_told_to_accept_the_version():
 
 
 def test_cures_fit_the_python():
-    for python, name in [('3.11.2', '-c requirements/classic.txt mmengine'), ('3.12.1', 'onedl-mmengine')]:
+    for python, name in [('3.11.2', 'classic.txt mmengine'), ('3.12.1', 'onedl.txt onedl-mmengine')]:
         nothing = check_env.Environment(python, installed={}, present=[], modules={})
         cures = [finding.cure for finding in check_env.judge(nothing)]
-        assert f'pip install {name}' in cures
+        assert f'pip install -c requirements/{name}' in cures
 
 
 def test_worst_comes_first():

@@ -395,7 +395,7 @@ class TestRuns:
             part.train_cfg.max_epochs, part.resume = epochs, resume
             part.work_dir, part.experiment_name = str(tmp_path / name), f'{tmp_path.name}-{name}-{epochs}'
             Runner.from_cfg(part).train()
-            return torch.load(tmp_path / name / f'epoch_{epochs}.pth', map_location='cpu')
+            return torch.load(tmp_path / name / f'epoch_{epochs}.pth', map_location='cpu', weights_only=False)
 
         whole = train('whole', 2)
         train('parts', 1)

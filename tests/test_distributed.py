@@ -58,8 +58,8 @@ def test_two_processes(tmp_path):
 
     images, weights = zip(*(torch.load(tmp_path / f'process_{i}.pt') for i in range(2)))
     assert [sorted(seen) for seen in images] == [[0, 0, 2, 2], [1, 1, 3, 3]]
-    saved = torch.load(tmp_path / 'two words/epoch_2.pth')['state_dict']
-    before = torch.load(tmp_path / 'two words/epoch_1.pth')['state_dict']
+    saved = torch.load(tmp_path / 'two words/epoch_2.pth', weights_only=False)['state_dict']
+    before = torch.load(tmp_path / 'two words/epoch_1.pth', weights_only=False)['state_dict']
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name])
         assert torch.equal(weight, saved[name])

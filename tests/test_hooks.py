@@ -106,7 +106,7 @@ optim_wrapper['optimizer']['lr'] = 0.05
     for step in weights.trained[1:]:
         mean = {name: 0.8 * mean[name] + 0.2 * step[name] for name in parameters}
         means.append(mean)
-    saved = torch.load(tmp_path / 'work_dirs/tiny/epoch_2.pth')
+    saved = torch.load(tmp_path / 'work_dirs/tiny/epoch_2.pth', weights_only=False)
     for name in parameters:
         torch.testing.assert_close(saved['state_dict'][name], mean[name])
         torch.testing.assert_close(weights.evaluated[-1][name], mean[name])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Sequence
 
 import pytest
 
@@ -17,10 +18,11 @@ WHEEL = f'mmcv-2.1.0-cp39-cp39-linux_{platform.machine()}.whl'
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >>"$NOTES"
 case "$*" in
-"- 11 10 9 8") echo 3.9 ;;
+"- 11 10 9 8" | "- 12 11 10") echo "3.$MINOR"; case "$*" in *" $MINOR"*) ;; *) exit 3 ;; esac ;;
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip install "*torchvision*) [ -z "$BLOCK" ] || { touch "$BLOCK"; sleep 60; } ;;
 "-m pip download "*) while [ "$1" != -d ]; do shift; done; echo good >"$2/$WHEEL" ;;
+"-m pip wheel "*) while [ "$1" != -w ]; do shift; done; echo good >"$2/$WHEEL" ;;
 "-m pip install "*.whl) while [ $# != 1 ]; do shift; done; cp "$1" "$NOTES.installed" ;;
 "- cpu") grep -q good "$NOTES.installed" ;;
 "-") echo 'all of it' ;;
@@ -58,12 +60,13 @@ class Checkout:
             'NOTES': str(self.notes),
             'WHEEL': WHEEL,
             'BLOCK': '',
+            'MINOR': '9',
         }
 
-    def start(self, **env: str) -> subprocess.Popen[str]:
+    def start(self, arguments: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
         self.notes.write_text('')
         return subprocess.Popen(
-            [str(self.root / 'tools' / 'make_env.sh')],
+            [str(self.root / 'tools' / 'make_env.sh'), *arguments],
             env={**self.env, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -72,8 +75,8 @@ class Checkout:
             preexec_fn=listen,
         )
 
-    def run(self, status: int = 0, **env: str) -> str:
-        process = self.start(**env)
+    def run(self, arguments: Sequence[str] = (), status: int = 0, **env: str) -> str:
+        process = self.start(arguments, **env)
         output = process.communicate(timeout=60)[0]
         assert process.returncode == status, output
         return output
@@ -160,7 +163,50 @@ def test_wrong_settings_are_named(checkout: Checkout) -> None:
     assert not (checkout.root / '.venv').exists()
 
 
+def test_second_stack_has_its_own_environment(checkout: Checkout) -> None:
+    wheel = f'onedl_mmcv-2.3.6-cp312-cp312-linux_{platform.machine()}.whl'
+    onedl = {'STACK': 'onedl', 'MINOR': '12', 'WHEEL': wheel, 'CXX': 'true'}
+    output = checkout.run(**onedl)
+    assert '[6/6]' in output and 'Environment .venv-onedl is ready' in output
+    assert checkout.asked('-m venv .venv-onedl') and checkout.asked('-r requirements/onedl.txt')
+    assert not checkout.asked('classic.txt')
+    assert checkout.asked('onedl-mmcv==2.3.6')
+    kept = 'cache/emo2_mm/wheels/onedl-mmcv-2.3.6-torch2.11.0-cp312-cpu'
+    assert (checkout.root.parent / kept / wheel).exists()
+    assert not (checkout.root / '.venv').exists()
+    assert 'Environment .venv-onedl is complete' in checkout.run(**onedl)
+
+
+def test_stack_is_chosen_by_python(checkout: Checkout) -> None:
+    for minor, stack in [('8', 'classic'), ('11', 'classic'), ('12', 'onedl'), ('13', 'onedl')]:
+        assert checkout.run(MINOR=minor, arguments=['--stack']) == f'{stack}\n'
+    assert '3.13; the onedl stack needs Python 3.10 - 3.12' in checkout.run(status=1, MINOR='13')
+    assert not list(checkout.root.glob('.venv*'))
+
+
+def test_environment_that_is_there_keeps_its_stack(checkout: Checkout, tmp_path: Path) -> None:
+    """Where make env was told of a Python that is not found by itself, the next make is of the same stack."""
+    only_new = tmp_path / 'bin'
+    only_new.mkdir()
+    (only_new / 'python3.12').symlink_to(checkout.python)
+    found = {'PYTHON': '', 'PYENV_ROOT': '/none', 'PATH': f'{only_new}:/usr/bin:/bin', 'MINOR': '12'}
+    for name in ('python3', 'python', *(f'python3.{minor}' for minor in range(8, 12))):
+        (only_new / name).symlink_to('/bin/false')
+    assert checkout.run(arguments=['--stack'], **found) == 'onedl\n'
+    checkout.run()
+    assert checkout.run(arguments=['--stack'], **found) == 'classic\n'
+
+
 def test_makefile_knows_the_same_stacks() -> None:
     command = ['make', '-C', str(ROOT), 'help', 'STACK=../x']
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and 'unknown STACK=../x; known stacks: classic' in done.stderr
+    assert done.returncode != 0 and 'unknown STACK=../x; known stacks: classic onedl' in done.stderr
+
+
+@pytest.mark.parametrize(('minor', 'folder'), [('11', '.venv'), ('12', '.venv-onedl')])
+def test_makefile_takes_the_stack_of_python(checkout: Checkout, minor: str, folder: str) -> None:
+    shutil.copy(ROOT / 'Makefile', checkout.root)
+    env = {**checkout.env, 'MINOR': minor, 'PYTHON': '/none'}
+    command = ['make', '-C', str(checkout.root), 'help', f'PYTHON={checkout.python}']
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert f'set up {folder},' in done.stdout, done.stdout + done.stderr

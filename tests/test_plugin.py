@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from mmengine.utils import get_installed_path, is_installed
 
 # What such a project inherits and changes, beside the backbone's type and import.
 PROJECTS = {
@@ -126,8 +127,12 @@ print('trained')
 def test_in_a_stock_config(scope: str, spelling: str, tmp_path: Path) -> None:
     if find_spec(scope) is None:
         pytest.skip(f'{scope} is not installed')
+    project = PROJECTS[scope].replace('TYPE', spelling)
+    if scope == 'mmseg' and not is_installed('mmsegmentation'):
+        # MMEngine looks for `mmseg::` in a distribution of that name only, and the fork has another.
+        project = project.replace('mmseg::', f'{get_installed_path(scope)}/.mim/configs/')
     imports = IMPORT if spelling == 'EMOv2' else ''
-    (tmp_path / 'mine.py').write_text(imports + PROJECTS[scope].replace('TYPE', spelling))
+    (tmp_path / 'mine.py').write_text(imports + project)
     code = TRAIN.replace('BATCH', BATCHES[scope]).replace('PREDICTED', PREDICTIONS[scope])
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     env.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')

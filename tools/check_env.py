@@ -89,12 +89,16 @@ class Environment(NamedTuple):
     def named(self, module: str) -> str:
         return f'{module} {self.version(module)}'.strip()
 
+    def forks(self) -> bool:
+        """Whether the forks are begun, or what fits Python."""
+        return any(name.startswith('onedl-') for name in self.installed) or release(self.python) >= (3, 12)
+
     def pip(self, *modules: str) -> str:
         """The command that installs modules, in versions of the stack that is begun, or fits Python."""
-        forks = any(name.startswith('onedl-') for name in self.installed) or release(self.python) >= (3, 12)
+        forks = self.forks()
         known = [OWNERS.get(module, [module]) for module in modules]
         names = [owners[-1] if forks and owners[-1].startswith('onedl-') else owners[0] for owners in known]
-        return f'pip install {"" if forks else "-c requirements/classic.txt "}{" ".join(names)}'
+        return f'pip install -c requirements/{"onedl" if forks else "classic"}.txt {" ".join(names)}'
 
     def build_mmcv(self) -> str:
         """The cure for operators; build isolation would hide torch, and they would be left out silently."""
@@ -133,6 +137,8 @@ def missing(env: Environment) -> Iterator[Finding]:
         wanted += ['mmcv']
     else:
         cure = 'pip install ".[cls]", ".[det]" or ".[seg]" in the folder of emo2_mm'
+        if env.forks():  # which the extras are not for
+            cure = env.pip(*CODE_BASES)
         yield Finding('note', 'without mmpretrain, mmdet and mmseg only the backbone can be used', cure)
     cures = {'mmcv': env.build_mmcv(), 'emo2_mm': INSTALL_SELF}
     for name in wanted:
@@ -207,6 +213,8 @@ def one_over_another(env: Environment) -> Iterator[Finding]:
         yield Finding('error', what, f'pip uninstall -y {" ".join(openmmlab)}; then install all of one kind')
     for module in OWNERS:
         names = [name for name in env.owners(module) if name not in forks]
+        if module == 'cv2' and len({env.installed[name] for name in names}) == 1:
+            continue  # as onedl-mmdetection brings them: either's files serve
         if len(names) > 1:
             what = f'{" and ".join(names)} overwrite files of each other: both are {module}'
             yield Finding('warning', what, f'pip uninstall -y {" ".join(names)}; then install one of them')

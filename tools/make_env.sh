@@ -2,12 +2,15 @@
 # Make or complete the environment of this checkout; `make env` calls it. It can be interrupted and
 # repeated at any time: finished steps are not redone, unfinished ones are.
 #
-#   STACK=classic   the set of versions, a file requirements/STACK.txt
+#   STACK=classic   the set of versions, a file requirements/STACK.txt: classic or onedl; without it
+#                   classic, where there is a Python for that, else onedl
 #   PYTHON=...      the interpreter to use; without it the newest suitable one is looked for
 #   GPU=0           treat the machine as one without a GPU
 #
-# Below .venv: .steps/NAME holds the key of the inputs that step NAME was finished with, .steps/NAME.log
-# what it printed. Built or downloaded mmcv wheels are kept in ~/.cache/emo2_mm/wheels.
+# With --stack, it only prints which stack it would take.
+#
+# Below .venv or .venv-onedl: .steps/NAME holds the key of the inputs that step NAME was finished with,
+# .steps/NAME.log what it printed. Built or downloaded mmcv wheels are kept in ~/.cache/emo2_mm/wheels.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME # they would put other packages before those of the environment
@@ -20,26 +23,33 @@ die() {
 
 # --- The stack ------------------------------------------------------------------------------------
 
-STACK=${STACK:-classic}
-case $STACK in
-classic)
-    venv=.venv
-    minors='11 10 9 8' # of Python 3, best first
-    mmcv=mmcv
-    prebuilt=https://download.openmmlab.com/mmcv/dist/%s/torch2.1.0/index.html # %s: cpu or cuda
-    cuda=cu121                                                                 # that torch is built for
-    ;;
-*) die "unknown STACK=$STACK; known stacks: classic" ;;
-esac
-pins=requirements/$STACK.txt
-PATH=${PATH//"$PWD/$venv/bin:"/} # or an activated, broken environment would be remade from itself
+use_stack() { # all that differs between the stacks, beside requirements/STACK.txt
+    STACK=$1
+    case $STACK in
+    classic)
+        venv=.venv
+        minors='11 10 9 8' # of Python 3, best first
+        mmcv=mmcv
+        prebuilt=https://download.openmmlab.com/mmcv/dist/%s/torch2.1.0/index.html # %s: cpu or cuda
+        cuda=12.1                                                                  # that torch is built for
+        ;;
+    onedl)
+        venv=.venv-onedl
+        minors='12 11 10'
+        mmcv=onedl-mmcv
+        prebuilt=
+        cuda=13.0
+        ;;
+    *) die "unknown STACK=$STACK; known stacks: classic, onedl" ;;
+    esac
+    pins=requirements/$STACK.txt
+    pythons="3.${minors##* } - 3.${minors%% *}"
+    PATH=${PATH//"$PWD/$venv/bin:"/} # or an activated, broken environment would be remade from itself
+}
 
 pin() { # version of package $1 in the stack
     sed -n "s/^$1==\([^ ]*\).*/\1/p" "$pins"
 }
-torch_version=$(pin torch)
-mmcv_version=$(pin "$mmcv")
-pythons="3.${minors##* } - 3.${minors%% *}"
 
 # --- Python ---------------------------------------------------------------------------------------
 
@@ -61,24 +71,24 @@ print(version)
 PY
 }
 
-find_python() { # set $python and $version
-    local candidate minor seen=''
-    if [ -n "${PYTHON:-}" ]; then
-        version=$(check_python "$PYTHON") ||
-            die "PYTHON=$PYTHON $version; the $STACK stack needs Python $pythons with venv"
-        python=$PYTHON
-        return
-    fi
+find_python() { # set $python and $version, or, where there is none, $seen
+    local minor candidates=()
     for minor in $minors; do
-        for candidate in "python3.$minor" "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".*/bin/python; do
-            if version=$(check_python "$candidate"); then python=$candidate && return; fi
-            [ "$version" = 'not found' ] || seen+="  $candidate: $version"$'\n'
-        done
+        candidates+=("python3.$minor" "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".*/bin/python)
     done
-    for candidate in python3 python; do
-        if version=$(check_python "$candidate"); then python=$candidate && return; fi
-        [ "$version" = 'not found' ] || seen+="  $candidate: $version"$'\n'
+    candidates+=(python3 python)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    seen=
+    for python in "${candidates[@]}"; do
+        if version=$(check_python "$python"); then return; fi
+        [ "$version" = 'not found' ] || seen+="  $python: $version"$'\n'
     done
+    return 1
+}
+
+need_python() {
+    if find_python; then return; fi
+    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON $version; the $STACK stack needs Python $pythons with venv"
     die "no Python $pythons with venv was found.${seen:+ Seen:$'\n'${seen%$'\n'}}" "Install one, for instance
   Debian 12:          apt-get install python3.11 python3.11-venv python3.11-dev
   Ubuntu 22.04:       apt-get install python3.10 python3.10-venv python3.10-dev
@@ -87,6 +97,20 @@ find_python() { # set $python and $version
   conda, anywhere:    conda create -p ~/py311 python=3.11, then make env PYTHON=~/py311/bin/python
 or name one: make env PYTHON=/path/to/python3.11"
 }
+
+if [ -n "${STACK:-}" ]; then
+    use_stack "$STACK"
+else
+    use_stack classic
+    # One that is there is kept, whatever Python it was made with.
+    if [ -n "${PYTHON:-}" ] || [ ! -d "$venv" ]; then find_python || use_stack onedl; fi
+fi
+if [ "${1:-}" = --stack ]; then
+    echo "$STACK"
+    exit
+fi
+torch_version=$(pin torch)
+mmcv_version=$(pin "$mmcv")
 
 # --- Showing progress -----------------------------------------------------------------------------
 
@@ -236,7 +260,7 @@ choose_wheel() { # set $source_of_wheel; a build that cannot work is refused bef
         if [ "$flavour" != cpu ] && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] &&
             ! command -v nvcc >/dev/null; then
             die "$name for the GPU, which needs the CUDA compiler nvcc, and there is none." \
-                "Install the CUDA toolkit 12.1 (and set CUDA_HOME), or go on without the GPU: make env GPU=0"
+                "Install the CUDA toolkit $cuda (and set CUDA_HOME), or go on without the GPU: make env GPU=0"
         fi
     fi
 }
@@ -273,7 +297,7 @@ install_mmcv() {
     local wheel
     if [ "$flavour" != cpu ] &&
         ! watch 10 "$venv/bin/python" -c 'import torch; torch.zeros(1, device="cuda")'; then
-        echo '      PyTorch cannot use the GPU (is its driver older than CUDA 12.1?): going on without it'
+        echo "      PyTorch cannot use the GPU (is its driver older than CUDA $cuda?): going on without it"
         set_flavour cpu
         choose_wheel
     fi
@@ -342,11 +366,13 @@ assert find_spec("emo2_mm"), "emo2_mm is not installed"' || failed 'not every pa
     watch "$1" prove_operators || failed 'the operators of mmcv do not work any more: make clean env'
     "$venv/bin/python" - >"$venv/.steps/summary" <<'PY'
 import platform
+import re
 from importlib.metadata import distributions
 
-wanted = ('torch', 'mmcv', 'mmengine', 'mmpretrain', 'mmdet', 'mmsegmentation')
-have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in distributions()}
-print(', '.join(['Python ' + platform.python_version()] + ['%s %s' % (n, have[n]) for n in wanted if n in have]))
+wanted = re.compile('torch|(onedl-)?mm(cv|engine|pretrain|det|detection|segmentation)')
+names = [(d.metadata['Name'].lower().replace('_', '-'), d.version) for d in distributions()]
+have = ['%s %s' % one for one in sorted(names) if wanted.fullmatch(one[0])]
+print(', '.join(['Python ' + platform.python_version()] + have))
 PY
 }
 
@@ -362,12 +388,12 @@ if [ -d "$venv" ] && [ ! -d "$venv/.steps" ]; then
     die "$PWD/$venv was not made by make env. Move it away or delete it, and run this again."
 fi
 if [ -n "${PYTHON:-}" ]; then
-    find_python
+    need_python
     [ "$version" = "$(cat "$venv/.steps/python" 2>/dev/null)" ] || rm -f "$venv/.steps/venv"
 fi
 gpu=cpu
 if [ "${GPU:-1}" != 0 ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    gpu=$cuda
+    gpu=cu${cuda/./}
 fi
 
 # A step is done when the key it was finished with is still right: a hash over what it was made from
@@ -404,7 +430,7 @@ if is_done venv && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     version=$(cat "$venv/.steps/python")
 else
     todo=("${steps[@]}")
-    [ -n "${PYTHON:-}" ] || find_python
+    [ -n "${PYTHON:-}" ] || need_python
 fi
 abi=cp${version/./}
 set_flavour() {
@@ -417,7 +443,7 @@ set_flavour "$gpu"
 
 declare -A titles=(
     [venv]="environment of Python $version in $venv"
-    [torch]="torch $torch_version and torchvision (downloads 2.6 GB)"
+    [torch]="torch $torch_version and torchvision (downloads 2 to 3 GB)"
     [mmcv]="$mmcv $mmcv_version with operators ($flavour)"
     [rest]='mmpretrain, mmdet, mmsegmentation, tools for demo and tests'
     [self]='emo2_mm itself, editable'
