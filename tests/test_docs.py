@@ -108,8 +108,13 @@ TESTED = {
         '--quantize': 'test_export_onnx.py::test_quantize',
     },
     'tools/model_zoo.py': {'': 'test_model_zoo.py::test_check_names_what_has_drifted'},
+    'tools/loader_speed.py': {
+        '': 'test_loader_speed.py::test_rate_is_told',
+        '--seconds': 'test_loader_speed.py::test_rate_is_told',
+    },
     'tools/benchmark.py': {
         '': 'test_benchmark.py::test_report',
+        '--device': 'test_benchmark.py::test_report',
         '--out': 'test_benchmark.py::test_report',
         '--scale': 'test_benchmark.py::test_scale_and_profile',
         '--profile': 'test_benchmark.py::test_scale_and_profile',
@@ -358,10 +363,15 @@ def has_entry(cfg: Config, key: str) -> bool:
     """Whether a config has an entry, or the backbone or the teacher may be given it."""
     *parents, last = key.split('.')
     node: Any = cfg
+    if key == 'randomness.seed':  # of MMEngine's runner
+        return True
     for part in parents:
-        if part not in node:
+        if isinstance(node, list) and int(part) < len(node):
+            node = node[int(part)]
+        elif part in node:
+            node = node[part]
+        else:
             return False
-        node = node[part]
     new = list(inspect.signature(EMOv2).parameters) if parents[-1:] == ['backbone'] else []
     new += ['checkpoint_path'] if parents[-1:] == ['teacher'] else []  # of timm
     return last in node or last in new
