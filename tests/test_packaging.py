@@ -81,7 +81,7 @@ def test_wheel_metadata(wheel: ZipFile) -> None:
     assert metadata['Version'] == exported['__version__']
     assert metadata['License'] == 'Apache-2.0'
     assert metadata['Requires-Python'] == '>=3.8'
-    assert set(metadata.get_all('Provides-Extra')) == {'cls', 'kd', 'det', 'seg', 'demo', 'dev'}
+    assert set(metadata.get_all('Provides-Extra')) == {'cls', 'kd', 'det', 'seg', 'onnx', 'demo', 'dev'}
     required = [Requirement(r) for r in metadata.get_all('Requires-Dist')]
     # An mmengine here would be put over one of its forks.
     assert [r.name for r in required if r.marker is None] == ['torch']
