@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import sys
@@ -14,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from PIL import Image
 from test_emov2 import TINY, tiny, visible
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, run, write_config, write_data
+from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, imported, run, write_config, write_data
 from torch import nn
 
 import emo2_mm
@@ -34,15 +31,8 @@ TEXTS = {'mmdet': DETECTOR, 'mmseg': SEGMENTOR, 'mmpretrain': CLASSIFIER}
 
 @pytest.fixture(scope='module')
 def tool():
-    """The tool, which also changes how MMEngine reads checkpoints and how much it says."""
-    schemes, level = CheckpointLoader._schemes.copy(), MMLogger.get_current_instance().level
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        yield importlib.import_module('export_onnx')
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-        CheckpointLoader._schemes = schemes
-        MMLogger.get_current_instance().setLevel(level)
+    with imported('export_onnx') as module:
+        yield module
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -13,26 +12,18 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from PIL import Image
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config
+from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, imported, run, write_config
 
 TEXTS = {'mmdet': DETECTOR, 'mmseg': SEGMENTOR, 'mmpretrain': CLASSIFIER}
 
 
 @pytest.fixture(scope='module')
 def tool():
-    """The tool, which also changes how MMEngine reads checkpoints and how much it says."""
-    schemes, level = CheckpointLoader._schemes.copy(), MMLogger.get_current_instance().level
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        yield importlib.import_module('infer')
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-        CheckpointLoader._schemes = schemes
-        MMLogger.get_current_instance().setLevel(level)
+    with imported('infer') as module:
+        yield module
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import numpy as np
@@ -11,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader
 from PIL import Image
-from tiny import BACKBONE, CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, write_config
+from tiny import BACKBONE, CLASSIFIER, DETECTOR, SEGMENTOR, imported, write_config
 
 from emo2_mm import EMOv2
 from emo2_mm.attention import SEWMHSA, add_windows, split_windows
@@ -24,14 +22,8 @@ ARCH = dict(depths=(1, 1, 3, 2), channels=(8, 12, 16, 24), expand_ratios=(2, 2, 
 
 @pytest.fixture(scope='module')
 def tool():
-    """The tool, which also changes how MMEngine reads checkpoints."""
-    schemes = CheckpointLoader._schemes.copy()
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        yield importlib.import_module('show_windows')
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-        CheckpointLoader._schemes = schemes
+    with imported('show_windows') as module:
+        yield module
 
 
 @pytest.fixture

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Iterator
 
 import numpy as np
+from mmengine.logging import MMLogger
+from mmengine.runner import CheckpointLoader
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -202,3 +208,16 @@ def run(folder: Path, *command: object, **env: str) -> subprocess.CompletedProce
         text=True,
         timeout=240,
     )
+
+
+@contextmanager
+def imported(tool: str) -> Iterator[ModuleType]:
+    """A tool as a module; how MMEngine reads checkpoints and how much it says is put back afterwards."""
+    schemes, level = CheckpointLoader._schemes.copy(), MMLogger.get_current_instance().level
+    sys.path.insert(0, str(ROOT / 'tools'))
+    try:
+        yield importlib.import_module(tool)
+    finally:
+        sys.path.remove(str(ROOT / 'tools'))
+        CheckpointLoader._schemes = schemes
+        MMLogger.get_current_instance().setLevel(level)
