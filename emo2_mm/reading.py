@@ -7,12 +7,14 @@ before 2.6 runs code of the file even under ``weights_only`` (CVE-2025-32434).
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import struct
 import warnings
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,7 @@ from urllib.parse import urlparse
 import torch
 from mmengine.logging import print_log
 
+META_JSON = ('epoch', 'iter', 'dataset_meta')  # metadata of safetensors are text; in these, JSON
 RESAVE = (
     'if you trust it, read it with torch.load(FILE, weights_only=False) and save the state dict '
     'again with torch.save'
@@ -35,7 +38,8 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
     Returns:
         Plain data, and tensors on the CPU. Numbers of numpy become Python's; its arrays and the logging
-        objects of an MMEngine checkpoint are replaced by empty ones.
+        objects of an MMEngine checkpoint are replaced by empty ones. A file of safetensors gives
+        ``state_dict`` and, from its metadata, ``meta``.
 
     Raises:
         OSError: If there is no such file.
@@ -84,10 +88,16 @@ def _is_safetensors(file: BinaryIO) -> bool:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError as error:
         raise ImportError(f'{path} is a safetensors file: `pip install safetensors` to read it') from error
-    return load_file(path)
+    with safe_open(path, 'pt') as file:
+        state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta: dict[str, Any] = file.metadata() or {}
+    for name in META_JSON:
+        with suppress(KeyError, ValueError):  # text of another program
+            meta[name] = json.loads(meta[name])
+    return {'state_dict': state_dict, 'meta': meta}
 
 
 def _wrong_kind(file: BinaryIO) -> str | None:

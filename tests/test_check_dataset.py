@@ -170,7 +170,8 @@ def test_command(data):
     config = ROOT / 'configs/seg/segformer_emo2_5m.py'
     command = ['check_dataset.py', config, '--split', 'train', '--cfg-options', *options]
     result = run(data, *command)
-    assert (result.returncode, result.stdout.split('\n')[0]) == (0, f'{data}/photos: 4 images, 150 classes')
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f'{data}/photos: 4 images, 150 classes\n' in result.stdout
     (data / 'labels/0.png').unlink()
     result = run(data, *command)
     assert result.returncode == 1
@@ -299,7 +300,10 @@ def test_cut_off_photograph(data, check):
     SQUARE.save(path, 'JPEG')
     whole = np.array(Image.open(path))[..., ::-1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert check(RETINANET) == (1, {'image is cut off, but loaded': ['coco/images/0.png']})
+    finding = 'image is cut off, but loaded' if cv2.imread(str(path)) is not None else 'image is damaged'
+    assert check(RETINANET) == (1, {finding: ['coco/images/0.png']})
+    if finding == 'image is damaged':  # to OpenCV 4.12 and newer
+        return
     pixels = loaded(data)
     assert pixels.shape == (SIDE, SIDE, 3)
     assert (

@@ -252,9 +252,30 @@ def test_safetensors(published, reference, tmp_path):
     assert_equal(model.state_dict(), reference)
 
 
+METADATA = {
+    'of this project': (
+        {'arch': '1m', 'epoch': '12', 'dataset_meta': '{"classes": ["cat"]}', 'cfg': '1'},
+        {'arch': '1m', 'epoch': 12, 'dataset_meta': {'classes': ['cat']}, 'cfg': '1'},
+    ),
+    'of another program': ({'format': 'pt', 'epoch': 'last', 'arch': '1'}, None),
+    'none': (None, {}),
+}
+
+
+@pytest.mark.parametrize('kind', METADATA)
+def test_metadata_of_safetensors(kind, tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    written, expected = METADATA[kind]
+    safetensors.save_file({'w': torch.ones(2)}, tmp_path / 'f.safetensors', written)
+    content = read_checkpoint(tmp_path / 'f.safetensors')
+    assert content.keys() == {'state_dict', 'meta'}
+    assert content['meta'] == (written if expected is None else expected)
+    assert_equal(content['state_dict'], {'w': torch.ones(2)})
+
+
 def test_safetensors_without_its_package(monkeypatch, tmp_path):
     (tmp_path / 'f').write_bytes(b'\x40\0\0\0\0\0\0\0{"w":{"dtype":"F32"}}')
-    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
     with pytest.raises(ImportError, match=r'f is a safetensors file: `pip install safetensors` to read it'):
         read_checkpoint(tmp_path / 'f')
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from golden import generated_state_dict, golden_cases, normal, relative_error
+from tiny import ROOT, imported
 
-from emo2_mm import EMOv2
+from emo2_mm import EMOv2, __version__
 
 mmpretrain = pytest.importorskip('mmpretrain')
 
-ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location('convert_checkpoint', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool():
+    with imported('convert_checkpoint') as module:
+        yield module
 
 
 def convert(src, dst):
-    return load_tool().convert(str(src), Path(dst))
+    with imported('convert_checkpoint') as module:
+        return module.convert(str(src), Path(dst))
 
 
 @pytest.mark.parametrize('arch', EMOv2.arch_settings)
@@ -36,7 +35,9 @@ def test_every_key_is_the_classifier_s(arch, tmp_path):
     weights = generated_state_dict(arch, 3)
     torch.save({'net': weights}, tmp_path / 'src.pth')
     said = convert(tmp_path / 'src.pth', tmp_path / 'new' / 'dst.pth')
-    assert said == f'{tmp_path}/new/dst.pth: arch {arch}, {len(weights)} tensors, 1000 classes'
+    assert (
+        said == f'{tmp_path}/new/dst.pth: arch {arch}, recipe unknown, {len(weights)} tensors, 1000 classes'
+    )
 
     config = str(ROOT / 'configs' / 'cls' / f'emo2_{arch}.py')
     model = mmpretrain.get_model(config, pretrained=str(tmp_path / 'new' / 'dst.pth'))
@@ -52,15 +53,46 @@ def test_every_key_is_the_classifier_s(arch, tmp_path):
 
 def test_safetensors_hold_the_same(tmp_path):
     safetensors = pytest.importorskip('safetensors')
-    torch.save({'net': generated_state_dict('1m', 3)}, tmp_path / 'src.pth')
+    torch.save({'net': generated_state_dict('1m', 3)}, tmp_path / 'EMOv2_1M_224.pth')
     for name in ('a.pth', 'b.safetensors'):
-        convert(tmp_path / 'src.pth', tmp_path / name)
+        convert(tmp_path / 'EMOv2_1M_224.pth', tmp_path / name)
     expected = torch.load(tmp_path / 'a.pth', weights_only=True)
+    assert expected['meta'] == dict(arch='1m', recipe='emo2_1m', emo2_mm_version=__version__)
     with safetensors.safe_open(tmp_path / 'b.safetensors', 'pt') as file:
         assert file.metadata() == expected['meta']
         assert set(file.keys()) == set(expected['state_dict'])
         for name, tensor in expected['state_dict'].items():
             assert torch.equal(file.get_tensor(name), tensor)
+
+
+RECIPES = {
+    'EMOv2_5M_224.pth': 'emo2_5m',
+    'https://host/EMOv2_5M_224_KD.pth': 'emo2_5m_kd',
+    'a/EMOv2_5M_512_KD.pth': 'emo2_5m_512_kd',
+    'EMOv2_1M_224.pth': None,  # a name that lies
+    'EMOv2_5M_224_other.pth': None,
+    'EMOv2_5M_256.pth': None,
+    'mine.pth': None,
+}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_is_told_by_the_name(name, tool):
+    recipe = RECIPES[name]
+    assert tool.find_recipe(name, '5m', {}) == recipe
+    assert recipe is None or (ROOT / f'configs/cls/{recipe}.py').is_file()
+
+
+@pytest.mark.parametrize('kind', ['pth', 'safetensors'])
+def test_recipe_is_kept(kind, tool, tmp_path):
+    if kind == 'safetensors':
+        pytest.importorskip('safetensors')
+    torch.save(generated_state_dict('1m', 3), tmp_path / 'EMOv2_1M_224_KD.pth')
+    convert(tmp_path / 'EMOv2_1M_224_KD.pth', tmp_path / f'one.{kind}')
+    said = convert(tmp_path / f'one.{kind}', tmp_path / f'two.{kind}')
+    assert 'arch 1m, recipe emo2_1m_kd, ' in said
+    assert (tmp_path / f'one.{kind}').read_bytes() == (tmp_path / f'two.{kind}').read_bytes()
+    assert tool.find_recipe('a.pth', '1m', {'meta': [1]}) is None
 
 
 @pytest.mark.parametrize('arch', ['1m', '5m'])
@@ -87,18 +119,18 @@ def test_command_line(tmp_path):
     command = [sys.executable, TOOL, tmp_path / 'src.pth', tmp_path / 'dst.pth']
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
     assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout == f'{tmp_path}/dst.pth: arch 1m, 228 tensors, 1000 classes\n'
+    assert done.stdout == f'{tmp_path}/dst.pth: arch 1m, recipe unknown, 228 tensors, 1000 classes\n'
 
 
-def test_errors_on_the_command_line(tmp_path, monkeypatch, capsys):
+def test_errors_on_the_command_line(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(tmp_path / 'dst.pth')])
-    assert load_tool().main() == 1
+    assert tool.main() == 1
     said = capsys.readouterr()
     assert (said.out, said.err) == ('', f'error: {tmp_path}/none.pth: no such checkpoint file\n')
     for arg, code in (('--help', 0), ('only_src.pth', 2)):
         monkeypatch.setattr(sys, 'argv', ['tool', arg])
         with pytest.raises(SystemExit) as stop:
-            load_tool().main()
+            tool.main()
         assert stop.value.code == code
 
 
@@ -109,22 +141,19 @@ def test_src_is_not_overwritten(tmp_path):
     for dst in (tmp_path / 'src.pth', tmp_path / 'link.pth'):
         with pytest.raises(ValueError, match='DST is SRC itself'):
             convert(tmp_path / 'src.pth', dst)
-    with pytest.raises(ValueError, match='DST is a folder'):
+    with pytest.raises(ValueError, match='a folder; give a name for the file in it'):
         convert(tmp_path / 'src.pth', tmp_path)
     assert (tmp_path / 'src.pth').read_bytes() == before
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     torch.save(generated_state_dict('1m', 3), tmp_path / 'src.pth')
     (tmp_path / 'dst.pth').write_text('old')
-
-    def fail(content, file):
-        file.write(b'half')
-        raise OSError('no space left')
-
-    monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError, match='no space left'):
-        convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')
+    limit = 'ulimit -f 100; exec "$@"'  # blocks of 1024 bytes
+    command = ['bash', '-c', limit, 'bash', sys.executable, TOOL, tmp_path / 'src.pth', tmp_path / 'dst.pth']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert 'error: ' in done.stderr and 'File too large' in done.stderr and 'Traceback' not in done.stderr
     assert (tmp_path / 'dst.pth').read_text() == 'old'
     assert sorted(os.listdir(tmp_path)) == ['dst.pth', 'src.pth']
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from mmengine.config import Config
-from tiny import DETECTOR, ROOT, run, write_config, write_data
+from test_emov2 import tiny
+from tiny import BACKBONE, CLASSIFIER, DETECTOR, ROOT, imported, run, write_config, write_data
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 # Kept by each process: the images it saw, and its weights at the end.
 HOOK = """
@@ -231,11 +234,32 @@ def test_slurm_arguments(tmp_path, script, last):
 
 
 @pytest.fixture
-def runtime(monkeypatch):
-    import importlib
+def runtime():
+    with imported('runtime') as module:
+        yield module
 
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    return importlib.import_module('runtime')
+
+@pytest.mark.parametrize(
+    ('launcher', 'names'),
+    [
+        ('pytorch', ['RANK', 'WORLD_SIZE', 'LOCAL_RANK']),
+        ('slurm', ['SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID']),
+        ('mpi', [f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK')]),
+    ],
+)
+def test_names_of_a_process(runtime, monkeypatch, tmp_path, launcher, names):
+    """Those of the launcher count, and are told apart from none at all."""
+    command = [str(write_config(tmp_path, CLASSIFIER)), '--launcher', launcher]
+    args = runtime.new_parser('').parse_args(command)
+    environment = {'LOCAL_RANK': '7', **dict(zip(names, '582'))}
+    monkeypatch.setattr(runtime.os, 'environ', environment)
+    assert runtime.load_config(args).launcher == launcher
+    assert [environment[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')] == ['5', '8', '2']
+    assert runtime.local_rank() == 2
+
+    monkeypatch.setattr(runtime.os, 'environ', {})
+    with pytest.raises(SystemExit, match=f'--launcher {launcher} goes with {names[0]}, which is not set'):
+        runtime.load_config(args)
 
 
 def test_cpu_processes_keep_the_config(runtime, monkeypatch):
@@ -260,3 +284,49 @@ def test_cpu_processes_keep_the_config(runtime, monkeypatch):
     cfg = Config(dict(model={}, model_wrapper_cfg=dict(type='Mine', static_graph=True)))
     runtime._use_cpu_processes(cfg)
     assert cfg.model_wrapper_cfg == dict(type='Mine', static_graph=True, device_ids=None)
+
+
+def test_synchronised_norms_of_one_process(tmp_path, monkeypatch):
+    """MMEngine's runner makes plain ones of them."""
+    pytest.importorskip('mmdet')
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    synchronised = f"{BACKBONE[:-1]}, norm_cfg=dict(type='SyncBN'))"
+    text, runners = DETECTOR.replace(BACKBONE, synchronised), []
+    with imported('train') as train:
+        build = train.runtime.build_runner
+
+        def keep(cfg):
+            runners.append(build(cfg))
+            return runners[-1]
+
+        monkeypatch.setattr(train.runtime, 'build_runner', keep)
+        for kind in ('SyncBN', 'BN'):
+            config = write_config(tmp_path, text.replace('SyncBN', kind), f'{kind}.py')
+            options = ['--no-validate', '--cfg-options', f'experiment_name={tmp_path}-{kind}']
+            monkeypatch.setattr(sys, 'argv', ['train.py', str(config), *options])
+            train.main()
+
+    models = [runner.model for runner in runners]
+    for model in models:
+        for part, number in ((model.backbone, 9), (model.neck, 6)):
+            norms = [m for m in part.modules() if isinstance(m, _BatchNorm)]
+            assert not any(isinstance(m, SyncBatchNorm) for m in norms)
+            assert [m.num_batches_tracked.item() for m in norms] == [2] * number
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(value, models[1].state_dict()[name], msg=name)
+
+
+def test_synchronised_norms_of_a_backbone_alone():
+    """Without other processes they are batch norms, forwards and backwards."""
+    found = []
+    for kind in ('SyncBN', 'BN'):
+        model = tiny(norm_cfg=dict(type=kind)).double().train()
+        torch.manual_seed(0)
+        maps = model(torch.randn(2, 3, 64, 48).double())
+        sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+        assert isinstance(model.stem.norm, SyncBatchNorm) == (kind == 'SyncBN')
+        found.append([*maps, *(p.grad for p in model.parameters()), *model.buffers()])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)

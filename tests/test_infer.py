@@ -237,17 +237,17 @@ def test_files_that_cannot_be_read(tiny, main, tmp_path):
         Image.fromarray(whole).save(folder / f'whole.{kind}')
         content = (folder / f'whole.{kind}').read_bytes()
         (folder / f'cut.{kind}').write_bytes(content[: len(content) * 2 // 3])
-    Image.fromarray(whole).save(folder / 'moving.gif')
+    Image.fromarray(whole).save(folder / 'icon.ico')
     (folder / 'empty.jpg').touch()
     (folder / 'notes.txt').write_text('no image')
     status, out, err = main('tiny.py', 'tiny.pth', 'images')
     assert status == 1
-    assert err == '5 of 7 files were skipped: cut.jpg, cut.png, empty.jpg, moving.gif, notes.txt\n'
+    assert err == '5 of 7 files were skipped: cut.jpg, cut.png, empty.jpg, icon.ico, notes.txt\n'
     said = dict(line.split('] ')[1].split(': ', 1) for line in out.splitlines()[:-1])
     assert said['cut.jpg'].startswith('skipped, cannot be read: image file is truncated')
     assert said['cut.png'].startswith('skipped, cannot be read: image file is truncated')
     assert said['empty.jpg'] == said['notes.txt'] == 'skipped, not an image'
-    assert said['moving.gif'] == 'skipped, GIF cannot be read by OpenCV'
+    assert said['icon.ico'] == 'skipped, ICO cannot be read by OpenCV'
     assert sorted(os.listdir('predictions/preds')) == ['whole.jpg.json', 'whole.png.json']
 
 

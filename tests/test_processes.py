@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def make_batch(scope: str) -> dict[str, list[Any]]:
     return dict(inputs=images, data_samples=samples)
 
 
+@contextmanager
+def double() -> Iterator[None]:
+    """Compute in float64: what differs then is no matter of rounding."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@double()
 def gradients(scope: str, cfg: Config, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
     """Gradients of a process for its share of the batch, batch norms being in eval mode."""
     torch.manual_seed(0)
@@ -83,6 +95,7 @@ def gradients(scope: str, cfg: Config, rank: int = 0, world: int = 1) -> dict[st
     assert not any(isinstance(m, torch.nn.Dropout) and m.p and m.training for m in model.modules())
     share = {name: values[rank::world] for name, values in make_batch(scope).items()}
     data = model.data_preprocessor(share, training=True)
+    data['inputs'] = data['inputs'].double()  # normalised in float32
     network = model
     if world > 1:  # no find_unused_parameters
         network = MMDistributedDataParallel(model, device_ids=None, broadcast_buffers=False)
@@ -113,8 +126,9 @@ def test_two_halves_give_the_gradients_of_the_whole(scope: str, tmp_path: Path) 
     halves = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
     for name, expected in whole.items():
         assert torch.equal(halves[0][name], halves[1][name])
-        error = (halves[0][name] - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-        assert error <= 5e-6, (name, float(error))  # float32
+        error = (halves[0][name] - expected).abs().max() / expected.abs().max().clamp(min=1e-8)
+        # MMDetection counts boxes in float32: 7.5e-9 with the detector, 1e-11 with the others
+        assert error <= 1e-7, (name, float(error))
 
 
 DYING = """

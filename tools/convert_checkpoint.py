@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
-
-import torch
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
+
+from weights_file import write_weights  # noqa: E402
 
 from emo2_mm import EMOv2, __version__  # noqa: E402
 from emo2_mm.checkpoint import (  # noqa: E402
@@ -40,8 +42,6 @@ def convert(src: str, dst: Path) -> str:
     """Write ``dst`` and say what was written."""
     if os.path.exists(src) and dst.exists() and os.path.samefile(src, dst):
         raise ValueError(f'{dst}: DST is SRC itself; give another name')
-    if dst.is_dir():
-        raise ValueError(f'{dst}: DST is a folder; give a file name in it')
     content = read_checkpoint(src)
     try:
         weights = find_state_dict(content)
@@ -52,36 +52,30 @@ def convert(src: str, dst: Path) -> str:
     except ValueError as error:
         raise ValueError(f'{src}: {error}') from None
 
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    part = dst.with_name(f'.{dst.name}.{os.getpid()}')
-    try:
-        meta = {'arch': arch, 'emo2_mm_version': __version__}
-        if dst.suffix == '.safetensors':
-            save_safetensors(state_dict, part, meta)
-        else:
-            with part.open('wb') as file:  # given a path, torch would write its name into the file
-                torch.save({'meta': meta, 'state_dict': state_dict}, file)
-        os.replace(part, dst)  # there is never half a file under this name
-    finally:
-        if part.exists():
-            part.unlink()
+    meta = {'arch': arch, 'emo2_mm_version': __version__}
+    recipe = find_recipe(src, arch, content)
+    if recipe:
+        meta['recipe'] = recipe
+    write_weights(dst, state_dict, meta)
     classes = len(state_dict['head.fc.bias'])
-    return f'{dst}: arch {arch}, {len(state_dict)} tensors, {classes} classes'
+    return f'{dst}: arch {arch}, recipe {recipe or "unknown"}, {len(state_dict)} tensors, {classes} classes'
 
 
-def save_safetensors(state_dict: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError(f'{path}: `pip install safetensors` to write such a file') from None
-    save_file(state_dict, path, metadata)
+def find_recipe(src: str, arch: str, content: Any) -> str | None:
+    """Name the config of the training. Only the name of a published file tells whether it had a teacher."""
+    published = re.search(rf'EMOv2_{arch}(_224|_224_KD|_512_KD)\.pth$', src, re.IGNORECASE)
+    if published:
+        return f'emo2_{arch}' + published[1].lower().replace('_224', '')
+    known = content.get('meta')
+    recipe = known.get('recipe') if isinstance(known, dict) else None
+    return recipe if isinstance(recipe, str) else None
 
 
 def main() -> int:
     args = parse_args()
     try:
         print(convert(args.src, args.dst))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,13 @@ LAYOUTS = {
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # MMPretrain fetches these itself
 NO_BFLOAT16_NMS = 'the NMS of mmcv takes no bfloat16, which is meant without a GPU; leave --amp out'
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN')
+# launcher -> its names of what torch calls RANK, WORLD_SIZE and LOCAL_RANK
+LAUNCHERS = {
+    'none': (),
+    'pytorch': ('RANK', 'WORLD_SIZE'),  # old versions give the third as an argument
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
 
 
 class Missing(NamedTuple):
@@ -89,7 +97,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        choices=list(LAUNCHERS),
         default='none',
         help='what started the processes',
     )
@@ -100,9 +108,14 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config file and merge into it what :func:`new_parser` defines."""
-    names = dict(slurm='SLURM_LOCALID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
-    number = os.environ.get(names.get(args.launcher, ''), str(args.local_rank))
-    os.environ.setdefault('LOCAL_RANK', number)
+    for name, given in zip(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), LAUNCHERS[args.launcher]):
+        if given not in os.environ:
+            fail(
+                f'--launcher {args.launcher} goes with {given}, which is not set: start the processes '
+                'with tools/dist_*.sh, tools/slurm_*.sh or mpirun, or leave --launcher out for one process'
+            )
+        os.environ[name] = os.environ[given]
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = Path(args.config).expanduser()
     if not path.is_file():
         fail(f'no config file {args.config}; looked at {path.absolute()}')
@@ -325,8 +338,8 @@ def check_pretrained(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner; without a GPU, `--launcher pytorch` gets processes on the CPU (gloo)."""
-    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+    """Build the runner; without a GPU, launchers get processes on the CPU (gloo)."""
+    if cfg.launcher != 'none' and get_device() == 'cpu':
         _use_cpu_processes(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
@@ -334,6 +347,10 @@ def build_runner(cfg: Config) -> Runner:
 def _use_cpu_processes(cfg: Config) -> None:
     """Do what the runner does for GPUs only: join the processes, wrap the model for no device."""
     if not torch.distributed.is_initialized():
+        if cfg.launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+            command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]
+            os.environ['MASTER_ADDR'] = subprocess.check_output(command, text=True).split()[0]
+        os.environ.setdefault('MASTER_PORT', '29500')
         torch.distributed.init_process_group('gloo')
     wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(
         type='MMDistributedDataParallel',

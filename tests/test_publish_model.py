@@ -1,0 +1,293 @@
+"""Published files hold what is needed to use a model, and nothing that only its training needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden import generated_state_dict
+from mmengine.config import Config
+from test_checkpoint import BOMBS, assert_equal, logging_objects, other, prefixed
+from test_infer import TEXTS, model_of
+from tiny import DETECTOR, imported, run, write_config, write_data
+from torch.hub import HASH_REGEX
+
+from emo2_mm import EMOv2, __version__
+from emo2_mm.checkpoint import find_state_dict, match_weights
+from emo2_mm.reading import read_checkpoint
+
+CFG = "model = dict(type='RetinaNet')\n"
+
+
+@pytest.fixture(params=['pth', 'safetensors'])
+def kind(request):
+    if request.param == 'safetensors':
+        pytest.importorskip('safetensors')
+    return request.param
+
+
+@pytest.fixture(scope='module')
+def weights():
+    """Of a detector."""
+    backbone = match_weights(find_state_dict(generated_state_dict('1m', 3)), EMOv2('1m'))
+    return {**prefixed('backbone.', backbone), 'bbox_head.retina_cls.weight': torch.ones(2, 8)}
+
+
+def checkpoint(weights, **meta):
+    """What a training run with a moving average saves."""
+    names = dict(classes=('cat', 'dog'), palette=[(1, 2, 3), (4, 5, 6)])
+    known = dict(epoch=12, iter=np.int64(480), cfg=CFG, seed=3, time='20260101_130000', dataset_meta=names)
+    return dict(
+        meta=dict(known, experiment_name='retinanet_emo2_1m_20260101_120000', **meta),
+        state_dict=weights,
+        ema_state_dict={'steps': torch.tensor(480), **prefixed('module.', other(weights))},
+        message_hub=logging_objects(),
+        optimizer=dict(state={i: dict(exp_avg=w) for i, w in enumerate(other(weights).values())}),
+        param_schedulers=[dict(last_step=12)],
+    )
+
+
+@pytest.fixture
+def trained(weights, tmp_path):
+    torch.save(checkpoint(weights), tmp_path / 'epoch_12.pth')
+    return tmp_path / 'epoch_12.pth'
+
+
+def publish(src, out):
+    """Publish a file; returns what was written and what was said of it."""
+    with imported('publish_model') as tool:
+        said = tool.publish(Path(src), Path(out))
+    return Path(said.split(': ')[0]), said
+
+
+PUBLISHED = dict(
+    arch='1m',
+    recipe='retinanet_emo2_1m',
+    epoch=12,
+    iter=480,
+    cfg=CFG,
+    dataset_meta=dict(classes=['cat', 'dog'], palette=[[1, 2, 3], [4, 5, 6]]),
+    emo2_mm_version=__version__,
+)
+
+
+def test_what_is_kept(trained, weights, kind, tmp_path):
+    path, said = publish(trained, tmp_path / f'new/mask-rcnn.v2.{kind}')
+    content = read_checkpoint(path)
+    assert content.keys() == {'meta', 'state_dict'}
+    assert content['meta'] == PUBLISHED
+    assert_equal(content['state_dict'], weights)
+
+    digits = sha256(path.read_bytes()).hexdigest()[:8]
+    assert path == tmp_path / f'new/mask-rcnn.v2-{digits}.{kind}'
+    assert HASH_REGEX.search(path.name)[1] == digits  # which torch.hub compares
+    assert list((tmp_path / 'new').iterdir()) == [path]
+    before, after = (file.stat().st_size for file in (trained, path))
+    assert after < before / 2
+    assert said == (
+        f'{path}: arch 1m, recipe retinanet_emo2_1m, {len(weights)} tensors, '
+        f'{after / 1e6:.1f} MB ({trained}: {before / 1e6:.1f} MB)'
+    )
+
+
+def test_torch_reads_it_as_weights_only(trained, weights, tmp_path):
+    content = torch.load(publish(trained, tmp_path / 'a.pth')[0], weights_only=True)
+    assert content['meta'] == PUBLISHED
+    assert_equal(content['state_dict'], weights)
+
+
+def test_metadata_of_safetensors(trained, tmp_path):
+    safetensors = pytest.importorskip('safetensors')
+    with safetensors.safe_open(publish(trained, tmp_path / 'a.safetensors')[0], 'pt') as file:
+        texts = file.metadata()
+    names = texts.pop('dataset_meta')
+    assert json.loads(names) == PUBLISHED['dataset_meta']
+    expected = {key: str(value) for key, value in PUBLISHED.items() if key != 'dataset_meta'}
+    assert texts == expected
+
+
+def test_the_same_bytes_each_time(trained, kind, tmp_path):
+    """Also of a file that is published already."""
+    first = publish(trained, tmp_path / f'a.{kind}')[0].read_bytes()
+    for number in range(3):
+        assert publish(trained, tmp_path / f'{number}.{kind}')[0].read_bytes() == first
+    again = publish(publish(trained, tmp_path / f'step.{kind}')[0], tmp_path / f'again.{kind}')[0]
+    assert again.read_bytes() == first
+
+
+def test_backbone_starts_from_it(trained, weights, kind, tmp_path):
+    path = publish(trained, tmp_path / f'a.{kind}')[0]
+    model = EMOv2('1m', init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model.init_weights()
+    expected = {name: tensor for name, tensor in weights.items() if name.startswith('backbone.')}
+    assert_equal(prefixed('backbone.', model.state_dict()), expected)
+
+
+def test_tensors_that_share_memory(kind, tmp_path):
+    many = torch.arange(100_000.0).reshape(1000, 100)
+    weights = {
+        'a': many[1],
+        'tied': many[1],
+        'turned': many[:2].t(),
+        'parameter': torch.nn.Parameter(many[2]),
+    }
+    torch.save(dict(state_dict=weights), tmp_path / 'in.pth')
+    path = publish(tmp_path / 'in.pth', tmp_path / f'a.{kind}')[0]
+    assert_equal(read_checkpoint(path)['state_dict'], weights)
+    assert path.stat().st_size < 10_000
+
+
+ABOUT = {
+    'nothing': (None, {}),
+    'not a dict': ([1], {}),
+    'only the time': (dict(experiment_name='20260101_120000'), {}),
+    'a name with a number': (dict(experiment_name='a_2_20260101_120000'), dict(recipe='a_2')),
+    'arrays': (
+        dict(dataset_meta=dict(classes=('a',), palette=np.ones((1, 3)))),
+        dict(dataset_meta=dict(classes=['a'], palette=None)),
+    ),
+    'another network': (dict(epoch=None), {}),
+}
+
+
+@pytest.mark.parametrize('case', ABOUT)
+def test_what_is_not_known_is_left_out(case, kind, tmp_path):
+    meta, expected = ABOUT[case]
+    torch.save(dict(meta=meta, state_dict={'w': torch.ones(2)}, hub=logging_objects()), tmp_path / 'in.pth')
+    path, said = publish(tmp_path / 'in.pth', tmp_path / f'a.{kind}')
+    assert read_checkpoint(path)['meta'] == dict(expected, emo2_mm_version=__version__)
+    assert f': arch of its own, recipe {expected.get("recipe", "unknown")}, 1 tensors, ' in said
+
+
+BAD = {
+    'published weights': (
+        lambda: generated_state_dict('1m', 3),
+        'it holds no state_dict; give a checkpoint of',
+    ),
+    'an empty state dict': (lambda: dict(state_dict={}), 'it holds no state_dict'),
+    'a list': (lambda: [torch.ones(2)], 'it holds no state_dict'),
+    'a number in it': (
+        lambda: dict(state_dict={'w': 1}),
+        "'w' in its state_dict is no tensor but 1; remove it",
+    ),
+    'code': (
+        lambda: dict(state_dict={'w': torch.ones(2)}, meta=BOMBS['builtins.eval']('marker')),
+        'not among the harmless things',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_refused(case, tmp_path):
+    make, expected = BAD[case]
+    torch.save(make(), tmp_path / 'in.pth')
+    with pytest.raises(ValueError, match=f'^{re.escape(str(tmp_path))}/in.pth: ') as error:
+        publish(tmp_path / 'in.pth', tmp_path / 'out.pth')
+    assert expected in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ['in.pth']
+
+
+def test_errors_on_the_command_line(trained, monkeypatch, capsys, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'a.safetensors').write_bytes(b'\x40\0\0\0\0\0\0\0{"w":{"dtype":"F32"}}')
+    cases = (
+        ('none.pth', 'out.pth', 'none.pth: no such checkpoint file'),
+        (trained.name, 'folder', 'folder: a folder; give a name for the file in it'),
+        (trained.name, 'in.pth/out.pth', 'in.pth'),
+        (trained.name, 'out.safetensors', 'out.safetensors: `pip install safetensors` to write such a file'),
+        (
+            'a.safetensors',
+            'out.pth',
+            'a.safetensors is a safetensors file: `pip install safetensors`',
+        ),
+    )
+    (tmp_path / 'in.pth').touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ('safetensors', 'safetensors.torch'):
+        monkeypatch.setitem(sys.modules, name, None)
+    with imported('publish_model') as tool:
+        for src, out, expected in cases:
+            monkeypatch.setattr(sys, 'argv', ['publish_model.py', src, out])
+            assert tool.main() == 1
+            said = capsys.readouterr()
+            assert said.out == '' and said.err.startswith('error: ') and expected in said.err
+    assert not list(tmp_path.glob('*out*'))
+
+
+@pytest.mark.parametrize('scope', TEXTS)
+def test_classes_reach_those_who_infer(scope, kind, tmp_path):
+    """tools/infer.py, and of torch.save also the inferencers of the code bases."""
+    pytest.importorskip(scope)
+    cfg = Config.fromfile(write_config(tmp_path, TEXTS[scope]))
+    content = checkpoint(model_of(cfg).state_dict(), dataset_meta=dict(classes=('night', 'day')))
+    torch.save(content, tmp_path / 'in.pth')
+    path = str(publish(tmp_path / 'in.pth', tmp_path / f'a.{kind}')[0])
+    with imported('infer') as tool:
+        inferencer = tool.build(cfg, path, 'cpu')
+    classifies = scope == 'mmpretrain'
+    names = inferencer.classes if classifies else inferencer.model.dataset_meta['classes']
+    assert list(names) == ['night', 'day']
+    if kind == 'pth' and scope == 'mmdet':
+        from mmdet.apis import DetInferencer
+
+        inferencer = DetInferencer(cfg, path, device='cpu')
+        assert inferencer.visualizer.dataset_meta['classes'] == ['night', 'day']
+
+
+@pytest.mark.slow
+def test_a_trained_detector(tmp_path, monkeypatch):
+    """With averaged weights: metric and boxes are those of the run, in both formats."""
+    for name in ('mmdet', 'safetensors'):
+        pytest.importorskip(name)
+    write_data(tmp_path)
+    average = "custom_hooks = [dict(type='EMAHook', momentum=0.5)]\n"
+    done = run(tmp_path, 'train.py', write_config(tmp_path, DETECTOR + average))
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob('work_dirs/tiny/*/vis_data/scalars.json')
+    metrics = [read_metrics(line) for line in log.read_text().splitlines()]
+
+    trained = 'work_dirs/tiny/epoch_1.pth'
+    done = run(tmp_path, 'publish_model.py', trained, 'retinanet.safetensors')
+    assert (done.returncode, done.stderr) == (0, '')
+    file = done.stdout.split(': ')[0]
+    assert re.fullmatch(r'retinanet-[0-9a-f]{8}\.safetensors', file)
+    assert 'arch of its own, recipe tiny, ' in done.stdout
+    monkeypatch.chdir(tmp_path)
+    other = str(publish(trained, 'retinanet.pth')[0])
+    meta = read_checkpoint(other)['meta']
+    assert (meta['epoch'], meta['iter']) == (1, 2)
+    assert 'EMAHook' in meta['cfg']
+
+    # without the hook that averages
+    config = write_config(tmp_path, DETECTOR, 'plain.py')
+    for i, path in enumerate((file, other)):
+        done = run(tmp_path, 'test.py', config, path, '--work-dir', f'test_{i}')
+        assert done.returncode == 0, done.stderr
+        (log,) = tmp_path.glob(f'test_{i}/*/*.json')
+        metrics.append(read_metrics(log.read_text()))
+    metrics = [found for found in metrics if found]
+    assert len(metrics) == 3 and metrics[0] == metrics[1] == metrics[2]
+
+    # without the names of the classes
+    unnamed = DETECTOR.replace("metainfo=dict(classes=('dark', 'light')), ", '')
+    assert unnamed != DETECTOR
+    config = write_config(tmp_path, unnamed, 'unnamed.py')
+    found = []
+    for path in (trained, file, other):
+        argv = ['infer.py', str(config), path, 'coco/images/0.png', '--score-thr', '0', '--device', 'cpu']
+        monkeypatch.setattr(sys, 'argv', argv)
+        with imported('infer') as tool:
+            assert tool.main() == 0
+        found.append(json.loads(Path('predictions/preds/0.png.json').read_text())['objects'])
+    assert len(found[0]) > 3 and {x['class'] for x in found[0]} <= {'dark', 'light'}
+    assert found[0] == found[1] == found[2]
+
+
+def read_metrics(line):
+    return {name: value for name, value in json.loads(line).items() if name.startswith('coco/')}
