@@ -197,7 +197,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, config: str) -> None:
 @pytest.mark.parametrize('address', ['{}', 'file.pth', 'http://host/{}', 'https://host/{}'])
 def test_every_checkpoint_is_read_as_data(address: str, runtime: Any) -> None:
     """``load_from``, ``resume`` and ``Pretrained`` all ask MMEngine's loader."""
-    assert CheckpointLoader._get_checkpoint_loader(address) is runtime.load_as_data
+    assert CheckpointLoader._get_checkpoint_loader(address) is runtime.load_from_file_as_data
 
 
 def test_the_config_in_a_checkpoint_does_not_run(tmp_path: Path, config: str, trained: Path) -> None:
@@ -214,6 +214,6 @@ def test_what_is_left_of_a_checkpoint_to_resume(tmp_path: Path, runtime: Any) ->
     log, info = dict(loss=HistoryBuffer([1.0], [1])), dict(best_score=np.float64(0.25))
     hub = dict(log_scalars=log, runtime_info=info)
     torch.save(dict(meta=dict(epoch=3, config='code'), message_hub=hub), tmp_path / 'a.pth')
-    assert runtime.load_as_data(str(tmp_path / 'a.pth')) == dict(
+    assert runtime.load_from_file_as_data(str(tmp_path / 'a.pth')) == dict(
         meta=dict(epoch=3), message_hub=dict(log_scalars={}, runtime_info=dict(best_score=0.25))
     )

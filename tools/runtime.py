@@ -255,7 +255,7 @@ def check_checkpoint(path: str | None, entry: str) -> None:
 
 
 @CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
-def load_as_data(filename: str, map_location: Any = None) -> Any:
+def load_from_file_as_data(filename: str, map_location: Any = None) -> Any:
     """What ``load_from``, ``resume`` and ``Pretrained`` read a file with here: no code of it runs.
 
     Left out are the log's running means, which a resumed run begins anew, and the config, which is code.
@@ -281,7 +281,7 @@ def find_resumable(cfg: Config) -> None:
     if not cfg.get('resume'):
         return
     if cfg.get('load_from'):
-        content = load_as_data(cfg.load_from)
+        content = load_from_file_as_data(cfg.load_from)
         if not isinstance(content, dict) or not {'meta', 'optimizer'} <= set(content):
             fail(
                 f'--resume: {cfg.load_from} holds no state of a training, only weights; '
