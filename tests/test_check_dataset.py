@@ -151,7 +151,7 @@ def test_output(data, monkeypatch, capsys):
         f'{data}/coco/boxes.json: 4 images, 4 annotations',
         '',
         'error: image is missing (1)',
-        '  training stops: FileNotFoundError (or PermissionError) names the file',
+        '  training stops and names the file',
         f'    {data}/coco/images/1.png',
         '',
         '1 errors, 0 warnings',

@@ -31,12 +31,12 @@ from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 
 # What can be found, and what training does with it. Errors stop it, or lose or spoil data.
-LEFT_OUT = 'training leaves the box out; validation counts it as an object that was missed'
+LEFT_OUT = 'training leaves the box out, and says how many; validation counts it as an object that was missed'
 ERRORS = {
-    'image is missing': 'training stops: FileNotFoundError (or PermissionError) names the file',
-    'image is empty': "training stops: OpenCV's '!buf.empty()', which names no file",
-    'image is damaged': "training stops: 'failed to load image: FILE'",
-    'image is of a kind that OpenCV does not read': "training stops: 'failed to load image: FILE'",
+    'image is missing': 'training stops and names the file',
+    'image is empty': 'training stops and names the file',
+    'image is damaged': 'training stops and names the file',
+    'image is of a kind that OpenCV does not read': 'training stops and names the file',
     'image is cut off, but loaded': 'training takes it, with whatever lay in memory where it is lost',
     'data set holds no images': "training stops: 'need at least one array to concatenate'",
     'images cannot be listed': 'training stops with the same error',
@@ -48,7 +48,7 @@ ERRORS = {
     'category is there twice': "labels do not match the config's classes any more",
     'class of the config is not in the file': 'labels of the classes after it are one too low, names wrong; '
     'evaluation may stop (IndexError); without any class training stops',
-    'category id is unknown to the file': 'training leaves the box out',
+    'category id is unknown to the file': 'training leaves the box out, and says how many',
     'annotation is of an unknown image': 'training never sees it',
     'width and height are not those of the image': 'training takes boxes as pixels of the image as it is; '
     'it sorts boxes and images out by the wrong size',
@@ -60,15 +60,13 @@ ERRORS = {
     'mask cannot be read': 'training stops (TypeError, ValueError), or leaves the object out',
     'mask has numbers beyond 1e6 or not finite': 'training may end at once (segmentation fault)',
     'mask has no polygon of three points': 'training leaves the object out',
-    'mask (RLE) is of another size than its image': 'training stops (ValueError), or learns a garbled mask '
-    'if the number of pixels is the same',
+    'mask (RLE) is of another size than its image': 'training stops and names the image',
     # segmentation
-    'map is missing': 'training stops: FileNotFoundError names the file',
-    'map cannot be read': "training stops with Pillow's error, which may not name the file",
+    'map is missing': 'training stops and names the file',
+    'map cannot be read': 'training stops and names the file',
     'map has colours or alpha': 'training stops (RuntimeError): it takes one channel of classes',
     'map is 1 pixel wide or tall': 'training stops: MMSegmentation squeezes that dimension away',
-    'map is of another size than its image': 'training stops (RuntimeError), or learns displaced labels '
-    'where crops hide it',
+    'map is of another size than its image': 'training stops and names both',
     'map has values beyond 0..255': 'training takes them modulo 256, as other classes',
     'map has values that are no class': 'training stops at the first crop with one (on a CPU: IndexError)',
     # classification
@@ -83,10 +81,11 @@ WARNINGS = {
     'image is listed twice': 'training takes it as often, each time with the labels of that entry',
     'classes are in another order than in the file': 'labels follow the file: what is shown and '
     'listed has the names of other classes',
-    'category is no class of the config': 'training leaves its boxes out',
+    'category is no class of the config': 'training leaves its boxes out, and says how many',
     'image has no annotations': 'training takes it as background',
-    'image has no annotations, and is left out': 'training never sees it (filter_cfg.filter_empty_gt)',
-    'image is smaller than filter_cfg.min_size': 'training never sees it',
+    'image has no annotations, and is left out': 'training never sees it (filter_cfg.filter_empty_gt), '
+    'and says how many',
+    'image is smaller than filter_cfg.min_size': 'training never sees it, and says how many',
     'box is less than 1 pixel wide or tall': LEFT_OUT,
     'box is partly outside its image': 'Resize after LoadAnnotations cuts it to the image, else it is kept',
     'mask has polygons of less than three points': 'training leaves these polygons out',

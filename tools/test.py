@@ -11,6 +11,7 @@ import argparse
 import os
 from copy import deepcopy
 
+import faulty_data
 import own_data
 import runtime
 from mmengine.config import Config, ConfigDict
@@ -117,6 +118,7 @@ def main() -> None:
     runner = runtime.build_runner(cfg)
     if args.out and not segments:
         keep_predictions(runner, cfg.get('default_scope'), args.out)
+    runner.register_hook(faulty_data.NameFaultyDataHook())
     runner.test()
 
 

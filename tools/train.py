@@ -14,6 +14,7 @@ import os
 from contextlib import contextmanager
 from typing import Any, Iterator
 
+import faulty_data
 import own_data
 import runtime
 import torch
@@ -122,7 +123,9 @@ def main() -> None:
     try:
         runner = runtime.build_runner(cfg)
         runner.register_hook(StopAtInvalidLossHook())  # not by the config, which others read, too
-        runner.train()
+        runner.register_hook(faulty_data.NameFaultyDataHook())
+        with faulty_data.counted(cfg.get('default_scope')):
+            runner.train()
     except OSError as error:
         paths = [os.path.abspath(path) for path in (error.filename, cfg.work_dir) if path]
         denied = error.errno in DENIED and os.path.commonpath(paths) in paths  # one in the other
