@@ -538,8 +538,9 @@ def strings() -> str:
 ROWS = table('docs/questions.md', 'message')
 
 
-# of Python and NumPy; the last one is provoked below
+# of others; the last one is provoked below
 FOREIGN = (
+    'mmsegmentation is not installed, please install mmsegmentation manually',
     "No module named 'pkg_resources'",
     'numpy.core.multiarray failed to import',
     "got an unexpected keyword argument 'pretrained'",
