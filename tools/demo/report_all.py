@@ -154,7 +154,8 @@ def draw_detection(path: Path, data: Path, out: Path, scores: list[Score], masks
     rows = {'ground truth': truth}
     for name, file in files.items():
         label = row_name(METHODS[name].title, scores, f'coco/{kind}_mAP')
-        rows[label] = truth.loadRes(str(file))
+        found = json.loads(file.read_text())
+        rows[label] = truth.loadRes(found) if found else COCO()  # it takes no empty list
     what = 'instance masks' if masks else 'boxes'
     fig, axes = new_grid(list(rows), SCENES, f'Held-out digits: {what} by detectors on EMOv2-1M')
     for row, coco in zip(axes, rows.values()):
