@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 import torch
 from mmengine.logging import print_log
 
-META_JSON = ('epoch', 'iter', 'dataset_meta')  # metadata of safetensors are text; in these, JSON
+META_JSON = {'epoch': int, 'iter': int, 'dataset_meta': dict}  # text in safetensors: JSON of this kind
 RESAVE = (
     'if you trust it, read it with torch.load(FILE, weights_only=False) and save the state dict '
     'again with torch.save'
@@ -94,10 +94,22 @@ def _read_safetensors(path: Path) -> Any:
     with safe_open(path, 'pt') as file:
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         meta: dict[str, Any] = file.metadata() or {}
-    for name in META_JSON:
-        with suppress(KeyError, ValueError):  # text of another program
-            meta[name] = json.loads(meta[name])
+    for name, kind in META_JSON.items():
+        with suppress(KeyError, RecursionError, ValueError):  # text of another program
+            value = json.loads(meta[name])
+            meta[name] = value if type(value) is kind else meta[name]
+    if isinstance(meta.get('dataset_meta'), dict):
+        restore_colours(meta['dataset_meta'])
     return {'state_dict': state_dict, 'meta': meta}
+
+
+def restore_colours(dataset_meta: dict[str, Any]) -> None:
+    """Make tuples of a palette's colours, in place: JSON has none, and MMDetection draws with nothing else."""
+    palette = dataset_meta.get('palette')
+    if isinstance(palette, list):
+        dataset_meta['palette'] = [
+            tuple(colour) if isinstance(colour, list) else colour for colour in palette
+        ]
 
 
 def _wrong_kind(file: BinaryIO) -> str | None:

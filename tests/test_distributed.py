@@ -262,6 +262,20 @@ def test_names_of_a_process(runtime, monkeypatch, tmp_path, launcher, names):
         runtime.load_config(args)
 
 
+@pytest.mark.parametrize('machines', [1, 2])
+def test_mpirun_names_no_first_machine(runtime, monkeypatch, machines):
+    environment = {'WORLD_SIZE': '4', 'OMPI_COMM_WORLD_LOCAL_SIZE': str(4 // machines)}
+    monkeypatch.setattr(runtime.os, 'environ', environment)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)
+    cfg = Config(dict(model={}, launcher='mpi'))
+    if machines == 1:
+        runtime._use_cpu_processes(cfg)
+        assert (environment['MASTER_ADDR'], environment['MASTER_PORT']) == ('127.0.0.1', '29500')
+    else:
+        with pytest.raises(SystemExit, match='mpirun -x MASTER_ADDR=HOST'):
+            runtime._use_cpu_processes(cfg)
+
+
 def test_cpu_processes_keep_the_config(runtime, monkeypatch):
     """What a config says about the wrapper stays, and all synchronised norms are found."""
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import pytest
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, DefaultScope
+from mmengine.runner import Runner
 from PIL import Image
 from tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, imported, run, write_config, write_data
 
 MASKED = DETECTOR.replace('with_bbox=True', 'with_bbox=True, with_mask=True')
+LOADED = "dict(type='LoadAnnotations'), "
+CROPPED = SEGMENTOR.replace(LOADED, LOADED + "dict(type='RandomCrop', crop_size=(32, 32)), ", 1)
+ITERATIONS = """
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=4, val_interval=4)
+train_dataloader['sampler'] = dict(type='InfiniteSampler', shuffle=False)
+"""
 
 
 @pytest.fixture(scope='module')
@@ -27,13 +37,13 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(tool: Any, data: Path, text: str, trains: bool = True) -> Any:
-    """The data set of a run, with the pipeline that names files."""
+def build(tool: Any, data: Path, text: str) -> Any:
+    """The data set of a run, which names files."""
     cfg = Config.fromfile(write_config(data, text))
     pytest.importorskip(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    dataset.pipeline = tool.NamingPipeline(dataset.pipeline, trains)
+    dataset.prepare_data = tool.NamedSamples(dataset)
     return dataset
 
 
@@ -69,51 +79,84 @@ def test_file_is_named(tool: Any, data: Path, text: str, file: str, spoil: Calla
     assert 'inputs' in dataset[1]
 
 
-def test_mask_of_another_size(tool: Any, data: Path) -> None:
+@pytest.mark.parametrize('wrong', ['mask', 'file'])
+def test_mask_of_another_size(tool: Any, data: Path, wrong: str) -> None:
     """As many pixels: MMDetection would learn a garbled mask."""
     file = json.loads((data / 'coco/boxes.json').read_text())
-    file['annotations'][0]['segmentation'] = dict(size=[SIDE // 2, SIDE * 2], counts=[100, 200, 3796])
+    size = [SIDE // 2, SIDE * 2] if wrong == 'mask' else [SIDE, SIDE]
+    file['annotations'][0]['segmentation'] = dict(size=size, counts=[100, 200, 3796])
+    file['images'][0].update(height=SIDE // 2, width=SIDE * 2)  # not asked for
     (data / 'coco/boxes.json').write_text(json.dumps(file))
     dataset = build(tool, data, MASKED)
-    with pytest.raises(
-        tool.FaultyData, match=r'0\.png: a mask is 32 x 128 pixels, its image 64 x 64 \(height'
-    ):
-        dataset[0]
+    if wrong == 'mask':
+        with pytest.raises(tool.FaultyData, match=r'a mask is 32 x 128 pixels, its image 64 x 64 \(height x'):
+            dataset[0]
+    else:
+        assert 'inputs' in dataset[0]
+    assert 'inputs' in build(tool, data, DETECTOR)[0]  # where no masks are loaded
 
 
 @pytest.mark.parametrize('crops', [False, True])
 def test_map_of_another_size(tool: Any, data: Path, crops: bool) -> None:
-    """A crop would hide it, for it cuts both; what is tested may be resized before its map is read."""
-    crop = "dict(type='RandomCrop', crop_size=(32, 32)), dict(type='PackSegInputs')\n]\ntta_model"
-    text = SEGMENTOR.replace("dict(type='PackSegInputs')\n]\ntta_model", crop) if crops else SEGMENTOR
-    assert crops == ('RandomCrop' in text)
+    """A crop would hide it, for it cuts both."""
     Image.new('L', (SIDE + 2, SIDE)).save(data / 'labels/0.png')
     with pytest.raises(
-        tool.FaultyData, match=r'labels/0\.png: its map is 64 x 66 pixels, the image 64 x 64\n'
+        tool.FaultyData, match=r'labels/0\.png: .*its map is 64 x 66 pixels, the image 64 x 64\n'
     ):
-        build(tool, data, text)[0]
-    assert 'inputs' in build(tool, data, text, trains=False)[0]
+        build(tool, data, CROPPED if crops else SEGMENTOR)[0]
+
+
+def test_map_beside_a_resized_image(tool: Any, data: Path) -> None:
+    """As a segmentor is tested."""
+    load = "dict(type='LoadImageFromFile'), "
+    text = SEGMENTOR.replace(load, load + "dict(type='Resize', scale=(80, 80)), ", 1)
+    assert tuple(build(tool, data, text)[0]['inputs'].shape) == (3, 80, 80)
+
+
+def test_switched_pipeline(tool: Any, data: Path) -> None:
+    """As MMDetection's PipelineSwitchHook does it."""
+    dataset = build(tool, data, DETECTOR)
+    dataset.pipeline = Compose(dataset.pipeline.transforms)
+    empty(data / 'coco/images/0.png')
+    with pytest.raises(tool.FaultyData, match='0.png: LoadImageFromFile: error: OpenCV'):
+        dataset[0]
 
 
 def test_inside_wrappers(tool: Any, data: Path) -> None:
-    inner = [build(tool, data, DETECTOR) for _ in range(2)]
+    cfg = Config.fromfile(write_config(data, DETECTOR))
+    pytest.importorskip('mmdet')
+    parts = dict(type='ConcatDataset', datasets=[cfg.train_dataloader.dataset] * 2)
+    loader = dict(cfg.train_dataloader, dataset=dict(type='RepeatDataset', times=2, dataset=parts))
+    runner = SimpleNamespace(build_dataloader=Runner.build_dataloader)
+    tool.name_faults(runner)
+    empty(data / 'coco/images/1.png')
     with DefaultScope.overwrite_default_scope('mmdet'):
-        wrapper = DATASETS.build(
-            dict(type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=inner))
-        )
-    assert tool.innermost(wrapper) == inner
+        dataset = runner.build_dataloader(loader).dataset
+    assert len(dataset) == 16 and 'inputs' in dataset[4]
+    with pytest.raises(tool.FaultyData, match='1.png: LoadImageFromFile: error: OpenCV'):
+        dataset[5]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
-def test_training_stops(data: Path, workers: int) -> None:
-    pytest.importorskip('mmdet')
-    (data / 'coco/images/1.png').write_bytes(b'')
+@pytest.mark.parametrize('kind', ['epochs', 'iterations'])
+def test_training_stops(data: Path, kind: str, workers: int) -> None:
+    """In the process that trains, and in one that loads: by iterations, that starts before the training."""
+    text = DETECTOR if kind == 'epochs' else CROPPED + ITERATIONS
+    pytest.importorskip('mmdet' if kind == 'epochs' else 'mmseg')
+    if kind == 'epochs':
+        empty(data / 'coco/images/1.png')
+    else:
+        Image.new('L', (SIDE + 2, SIDE)).save(data / 'labels/0.png')
     options = ['--cfg-options', f'train_dataloader.num_workers={workers}']
-    result = run(data, 'train.py', write_config(data, DETECTOR), *options)
+    result = run(data, 'train.py', write_config(data, text), *options)
     assert result.returncode == 1
-    assert f'FaultyData: {data}/coco/images/1.png: error: OpenCV' in result.stderr
-    assert '!buf.empty()' in result.stderr
+    if kind == 'epochs':
+        assert f'FaultyData: {data}/coco/images/1.png: LoadImageFromFile: error: OpenCV' in result.stderr
+        assert '!buf.empty()' in result.stderr
+    else:
+        files = f'{data}/coco/images/0.png with {data}/labels/0.png'
+        assert f'FaultyData: {files}: LoadAnnotations: ValueError: its map is 64 x 66' in result.stderr
 
 
 @pytest.mark.slow
@@ -131,5 +174,6 @@ def test_what_is_left_out_is_counted(data: Path) -> None:
     path.write_text(json.dumps(file))
     result = run(data, 'train.py', write_config(data, text))
     assert result.returncode == 0, result.stderr[-4000:]
-    said = [line.split(' are left out')[0] for line in result.stdout.splitlines() if 'left out' in line]
-    assert said == [f'{path}: 3 of 4 boxes', f'{path}: 1 of 4 images', f'{path}: 3 of 4 boxes']
+    said = re.findall(r'(\d of \d \w+) \(.*are left out', result.stdout)
+    assert said == ['3 of 4 boxes', '1 of 4 images', '3 of 4 boxes']  # in training, in validation
+    assert str(path) in result.stdout

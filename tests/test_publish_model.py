@@ -72,7 +72,7 @@ PUBLISHED = dict(
     epoch=12,
     iter=480,
     cfg=CFG,
-    dataset_meta=dict(classes=['cat', 'dog'], palette=[[1, 2, 3], [4, 5, 6]]),
+    dataset_meta=dict(classes=['cat', 'dog'], palette=[(1, 2, 3), (4, 5, 6)]),
     emo2_mm_version=__version__,
 )
 
@@ -107,7 +107,7 @@ def test_metadata_of_safetensors(trained, tmp_path):
     with safetensors.safe_open(publish(trained, tmp_path / 'a.safetensors')[0], 'pt') as file:
         texts = file.metadata()
     names = texts.pop('dataset_meta')
-    assert json.loads(names) == PUBLISHED['dataset_meta']
+    assert json.loads(names) == json.loads(json.dumps(PUBLISHED['dataset_meta']))
     expected = {key: str(value) for key, value in PUBLISHED.items() if key != 'dataset_meta'}
     assert texts == expected
 

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
 
-from weights_file import write_weights  # noqa: E402
+from weights_file import recipe_of, write_weights  # noqa: E402
 
 from emo2_mm import EMOv2, __version__  # noqa: E402
 from emo2_mm.checkpoint import (  # noqa: E402
@@ -66,9 +66,7 @@ def find_recipe(src: str, arch: str, content: Any) -> str | None:
     published = re.search(rf'EMOv2_{arch}(_224|_224_KD|_512_KD)\.pth$', src, re.IGNORECASE)
     if published:
         return f'emo2_{arch}' + published[1].lower().replace('_224', '')
-    known = content.get('meta')
-    recipe = known.get('recipe') if isinstance(known, dict) else None
-    return recipe if isinstance(recipe, str) else None
+    return recipe_of(content)
 
 
 def main() -> int:

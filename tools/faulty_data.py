@@ -6,125 +6,117 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 from unittest.mock import patch
 
-import runtime
-from mmengine.dataset import Compose
-from mmengine.hooks import Hook
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.runner import Runner
-
-REMEDY = 'python tools/check_dataset.py CONFIG says what is wrong, with this and all other files'
 
 
 class FaultyData(RuntimeError):
-    """A file of a data set that cannot be used."""
+    """A sample of a data set that cannot be prepared, with the names of its files."""
 
 
-class NamingPipeline(Compose):
-    """A pipeline that names the file it fails on.
+class NamedSamples:
+    """What a data set prepares its samples with, so that whatever fails names the file.
 
     Args:
-        pipeline: The pipeline of a data set.
-        trains: Whether the data set is trained on; then maps must always be as large as their images.
+        dataset: A data set; the pipeline that it has at the time is used.
     """
 
-    def __init__(self, pipeline: Compose, trains: bool) -> None:
-        super().__init__(pipeline.transforms)
-        self.trains = trains
+    def __init__(self, dataset: BaseDataset) -> None:
+        self.dataset = dataset
 
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
-        """Apply the transforms.
+    def __call__(self, index: int) -> Any:
+        """Prepare a sample.
 
         Raises:
-            FaultyData: If one fails, or a mask or a map is not as large as its image.
+            FaultyData: If a transform fails, or a mask or a map is not as large as its image.
         """
+        data = self.dataset.get_data_info(index)
         files = ' with '.join(str(data[key]) for key in ('img_path', 'seg_map_path') if data.get(key))
-        try:
-            self._check_masks(data)
-            for transform in self.transforms:
+        for transform in self.dataset.pipeline.transforms:
+            has_map = 'gt_seg_map' in data
+            try:
+                if getattr(transform, 'with_mask', False):
+                    check_masks(data)
                 data = transform(data)
-                if data is None:
+                if data is None:  # the data set takes another sample then
                     return None
-                if self.trains:
-                    self._check_map(data)
-        except Exception as error:
-            kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
-            raise FaultyData(f'{files}: {kind}{error}\n{REMEDY}') from error
+                if not has_map and 'gt_seg_map' in data:
+                    check_map(data)
+            except Exception as error:
+                if not files:
+                    raise
+                raise FaultyData(
+                    f'{files}: {type(transform).__name__}: {type(error).__name__}: {error}\n'
+                    'If that is a fault of the file: python tools/check_dataset.py CONFIG finds all such'
+                ) from error
         return data
 
-    @staticmethod
-    def _check_masks(data: dict[str, Any]) -> None:
-        for instance in data.get('instances') or []:
-            mask = instance.get('mask')
-            if isinstance(mask, dict) and list(mask['size']) != [data['height'], data['width']]:
-                raise ValueError(
-                    'a mask is {} x {} pixels, its image {} x {} (height x width)'.format(
-                        *mask['size'], data['height'], data['width']
-                    )
-                )
 
-    @staticmethod
-    def _check_map(data: dict[str, Any]) -> None:
-        if 'img' in data and 'gt_seg_map' in data:
-            sizes = data['gt_seg_map'].shape[:2], data['img'].shape[:2]
-            if sizes[0] != sizes[1]:
-                raise ValueError('its map is {} x {} pixels, the image {} x {}'.format(*sizes[0], *sizes[1]))
+def check_masks(data: dict[str, Any]) -> None:
+    """Refuse masks in run lengths that are not as large as their image: they would get other shapes."""
+    for instance in data.get('instances') or []:
+        mask = instance.get('mask')
+        if isinstance(mask, dict) and tuple(mask['size']) != tuple(data['ori_shape'][:2]):
+            sizes = (*mask['size'], *data['ori_shape'][:2])
+            raise ValueError('a mask is {} x {} pixels, its image {} x {} (height x width)'.format(*sizes))
 
 
-class NameFaultyDataHook(Hook):
-    """Let the data sets of a run name the file they fail on."""
-
-    def before_run(self, runner: Runner) -> None:
-        for loop, trains in (
-            (runner._train_loop, True),
-            (runner._val_loop, False),
-            (runner._test_loop, False),
-        ):
-            if hasattr(loop, 'dataloader'):
-                for dataset in innermost(loop.dataloader.dataset):
-                    if isinstance(getattr(dataset, 'pipeline', None), Compose):
-                        dataset.pipeline = NamingPipeline(dataset.pipeline, trains)
+def check_map(data: dict[str, Any]) -> None:
+    """Refuse a map that is not as large as its image: crops would hide that, for they cut both."""
+    shape, image = data['gt_seg_map'].shape, tuple(data['ori_shape'][:2])
+    if len(shape) == 2 and tuple(shape) != image:
+        raise ValueError('its map is {} x {} pixels, the image {} x {}'.format(*shape, *image))
 
 
-def innermost(dataset: Any) -> list[Any]:
+def inner_datasets(dataset: Any) -> list[Any]:
     """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
     if hasattr(dataset, 'datasets'):
-        return [inner for part in dataset.datasets for inner in innermost(part)]
-    return innermost(dataset.dataset) if hasattr(dataset, 'dataset') else [dataset]
+        return [inner for part in dataset.datasets for inner in inner_datasets(part)]
+    return inner_datasets(dataset.dataset) if hasattr(dataset, 'dataset') else [dataset]
+
+
+def name_faults(runner: Runner) -> None:
+    """Let the data sets that a runner builds name the files that they fail on."""
+    build = runner.build_dataloader
+
+    def build_dataloader(*args: Any, **kwargs: Any) -> Any:
+        loader = build(*args, **kwargs)
+        for dataset in inner_datasets(loader.dataset):
+            if getattr(type(dataset), 'prepare_data', None) is BaseDataset.prepare_data:
+                dataset.prepare_data = NamedSamples(dataset)
+        return loader
+
+    runner.build_dataloader = build_dataloader
 
 
 @contextmanager
-def counted(scope: str) -> Iterator[None]:
-    """Say how many boxes and images MMDetection leaves out of a data set of COCO's format, as it reads it."""
+def telling_what_is_left_out(scope: str | None) -> Iterator[None]:
+    """Log how many boxes and images MMDetection's CocoDataset leaves out as it reads its annotations."""
     if scope != 'mmdet':
         yield
         return
     from mmdet.datasets import CocoDataset
 
-    parse, load, select = CocoDataset.parse_data_info, CocoDataset.load_data_list, CocoDataset.filter_data
-    boxes = dict(given=0, kept=0)
+    parse, select = CocoDataset.parse_data_info, CocoDataset.filter_data
+    boxes = dict(given=0, kept=0)  # since the last data set
 
     def parse_data_info(self: CocoDataset, raw: dict[str, Any]) -> Any:
-        given = len(raw['raw_ann_info'])
+        boxes['given'] += len(raw['raw_ann_info'])
         info = parse(self, raw)
-        boxes['given'] += given
         boxes['kept'] += len(info['instances'])
         return info
 
-    def load_data_list(self: CocoDataset) -> list[dict[str, Any]]:
-        boxes.update(given=0, kept=0)
-        found = load(self)
-        tell(boxes['given'] - boxes['kept'], boxes['given'], 'boxes', self.ann_file)
-        return found
-
     def filter_data(self: CocoDataset) -> list[dict[str, Any]]:
         before, found = len(self.data_list), select(self)
-        tell(before - len(found), before, 'images', self.ann_file)
+        tell(boxes['kept'], boxes['given'], 'boxes (no area, outside, or of no class of the config)', self)
+        tell(len(found), before, 'images (no boxes, or too small)', self)
+        boxes.update(given=0, kept=0)
         return found
 
-    def tell(number: int, given: int, what: str, file: str) -> None:
-        if number:
-            runtime.note(f'{file}: {number} of {given} {what} are left out; {REMEDY}')
+    def tell(kept: int, given: int, what: str, dataset: CocoDataset) -> None:
+        if kept < given:
+            print_log(f'{dataset.ann_file}: {given - kept} of {given} {what} are left out', 'current')
 
-    with patch.multiple(
-        CocoDataset, parse_data_info=parse_data_info, load_data_list=load_data_list, filter_data=filter_data
-    ):
+    with patch.multiple(CocoDataset, parse_data_info=parse_data_info, filter_data=filter_data):
         yield

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any, Mapping
@@ -28,11 +27,11 @@ from typing import Any, Mapping
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
 
 from torch import Tensor  # noqa: E402
-from weights_file import write_weights  # noqa: E402
+from weights_file import recipe_of, write_weights  # noqa: E402
 
 from emo2_mm import EMOv2, __version__  # noqa: E402
 from emo2_mm.checkpoint import find_arch, find_state_dict  # noqa: E402
-from emo2_mm.reading import read_checkpoint  # noqa: E402
+from emo2_mm.reading import read_checkpoint, restore_colours  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,15 +61,16 @@ def find_meta(content: Mapping[str, Any], weights: dict[str, Tensor]) -> dict[st
     """Gather as plain data what is known of the weights."""
     known = content.get('meta')
     known = known if isinstance(known, Mapping) else {}
-    name = re.fullmatch(r'(.+)_\d{8}_\d{6}', str(known.get('experiment_name')))  # config and begin of the run
     meta = {
         'arch': find_arch(find_state_dict(weights), EMOv2.arch_settings),
-        'recipe': name[1] if name else known.get('recipe'),
+        'recipe': recipe_of(content),
         **{key: known.get(key) for key in ('epoch', 'iter', 'cfg', 'dataset_meta')},
         'emo2_mm_version': __version__,
     }
     # what is no plain data, such as an array, was not read
     plain = json.loads(json.dumps(meta, default=lambda _: None, skipkeys=True))
+    if isinstance(plain['dataset_meta'], dict):
+        restore_colours(plain['dataset_meta'])
     return {key: value for key, value in plain.items() if value is not None}
 
 

@@ -109,12 +109,13 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config file and merge into it what :func:`new_parser` defines."""
     for name, given in zip(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), LAUNCHERS[args.launcher]):
-        if given not in os.environ:
+        if given not in os.environ and name != 'LOCAL_RANK':
             fail(
                 f'--launcher {args.launcher} goes with {given}, which is not set: start the processes '
                 'with tools/dist_*.sh, tools/slurm_*.sh or mpirun, or leave --launcher out for one process'
             )
-        os.environ[name] = os.environ[given]
+        if given in os.environ:
+            os.environ[name] = os.environ[given]
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = Path(args.config).expanduser()
     if not path.is_file():
@@ -350,6 +351,10 @@ def _use_cpu_processes(cfg: Config) -> None:
         if cfg.launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
             command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]
             os.environ['MASTER_ADDR'] = subprocess.check_output(command, text=True).split()[0]
+        elif 'MASTER_ADDR' not in os.environ:  # mpirun sets none
+            if os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') != os.environ['WORLD_SIZE']:
+                fail('--launcher mpi on several machines needs the first of them: mpirun -x MASTER_ADDR=HOST')
+            os.environ['MASTER_ADDR'] = '127.0.0.1'
         os.environ.setdefault('MASTER_PORT', '29500')
         torch.distributed.init_process_group('gloo')
     wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(

@@ -118,7 +118,7 @@ def main() -> None:
     runner = runtime.build_runner(cfg)
     if args.out and not segments:
         keep_predictions(runner, cfg.get('default_scope'), args.out)
-    runner.register_hook(faulty_data.NameFaultyDataHook())
+    faulty_data.name_faults(runner)
     runner.test()
 
 

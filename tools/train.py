@@ -123,8 +123,8 @@ def main() -> None:
     try:
         runner = runtime.build_runner(cfg)
         runner.register_hook(StopAtInvalidLossHook())  # not by the config, which others read, too
-        runner.register_hook(faulty_data.NameFaultyDataHook())
-        with faulty_data.counted(cfg.get('default_scope')):
+        faulty_data.name_faults(runner)
+        with faulty_data.telling_what_is_left_out(cfg.get('default_scope')):
             runner.train()
     except OSError as error:
         paths = [os.path.abspath(path) for path in (error.filename, cfg.work_dir) if path]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ def write_weights(
         path: File to write: of safetensors if its name ends in ``.safetensors``, else of ``torch.save``, as
             ``{'meta': meta, 'state_dict': state_dict}``. Missing folders are made.
         state_dict: Name to tensor.
-        meta: Plain data. What is not text becomes JSON in a file of safetensors, which knows text only;
-            :func:`emo2_mm.reading.read_checkpoint` gives back what went in.
+        meta: Plain data. What is not text becomes JSON in a file of safetensors, which knows text only.
         add_hash: Whether the first 8 digits of the file's SHA-256 go into its name, as in
             ``NAME-1a2b3c4d.pth``, where ``torch.hub`` looks for them.
 
@@ -61,6 +61,15 @@ def write_weights(
         if part.exists():
             part.unlink()
     return path
+
+
+def recipe_of(content: Any) -> str | None:
+    """Name the config that a checkpoint was trained with, if it says so itself."""
+    meta = content.get('meta') if isinstance(content, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    run = re.fullmatch(r'(.+)_\d{8}_\d{6}', str(meta.get('experiment_name')))  # config and begin of a run
+    recipe = run[1] if run else meta.get('recipe')
+    return recipe if isinstance(recipe, str) else None
 
 
 def _safetensors(path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
