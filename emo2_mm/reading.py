@@ -104,7 +104,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def restore_colours(dataset_meta: dict[str, Any]) -> None:
-    """Make tuples of a palette's colours, in place: JSON has none, and MMDetection draws with nothing else."""
+    """Make a palette's colours tuples, in place: JSON has none, and MMDetection draws with no lists."""
     palette = dataset_meta.get('palette')
     if isinstance(palette, list):
         dataset_meta['palette'] = [
