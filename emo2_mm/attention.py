@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .modes import is_hooked, runs_on_cpu
-from .ragged import Attend
+from .ragged import attend
 
 
 def split_windows(x: Tensor, size: int, heads: int) -> Tensor:
@@ -77,12 +77,12 @@ class SEWMHSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, channels) to (B, H, W, expanded_channels)."""
-        _, h, w, c = x.shape
+        _, h, w, _ = x.shape
         size, heads = self.window_size, self.heads
         own = type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
         if own and runs_on_cpu(x) and not is_hooked(*self.children()):
-            padding = self.qk.bias[c:], self.v.bias
-            return Attend.apply(self.qk(x), self.v(x), *padding, self.act, size, heads)
+            padding = self.qk.bias, self.v.bias
+            return attend(self.qk(x), self.v(x), *padding, self.act, size, heads)
 
         x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
         n1, n2 = x.shape[1] // size, x.shape[2] // size

@@ -19,14 +19,20 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
+def with_following_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does what the batch norm behind it does, too."""
+    scale, shift = scale_and_shift(norm)
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    return conv.weight * scale.view(-1, 1, 1, 1), shift
+
+
 @torch.no_grad()
 def fold_following_norm(conv: nn.Conv2d, norm: nn.Module) -> None:
     """Let a convolution do what the batch norm behind it does."""
-    scale, shift = scale_and_shift(norm)
-    conv.weight.mul_(scale.view(-1, 1, 1, 1))
-    if conv.bias is not None:
-        shift = shift + conv.bias * scale
-    conv.bias = nn.Parameter(shift)
+    weight, bias = with_following_norm(conv, norm)
+    conv.weight.copy_(weight)
+    conv.bias = nn.Parameter(bias)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Depth-wise convolution, alone and with what follows it in a block, as training on a CPU computes it."""
+"""Convolution and what follows it in a block, as a CPU computes it: depth-wise, with its norm, with more."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .deploy import scale_and_shift
+from .deploy import with_following_norm
 from .inference import SiLU
-from .modes import trains_on_cpu
+from .modes import depends_on_batch, infers_on_cpu, is_hooked, normalises_alone, trains_on_cpu
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -45,11 +45,12 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def convolve_and_normalise(x: Tensor, depthwise: DepthwiseConv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Compute ``norm(depthwise(x))`` of a (B, C, H, W) map in one pass over it, with a norm in eval mode."""
-    scale, shift = scale_and_shift(norm)
-    weight = depthwise.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, shift, depthwise.stride, depthwise.padding, groups=depthwise.groups)
+def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Compute ``norm(conv(x))`` of a (B, C, H, W) map; inference on a CPU folds the norm as it goes."""
+    own = type(conv) in (nn.Conv2d, DepthwiseConv2d) and normalises_alone(norm)  # not an adapter in its place
+    if own and infers_on_cpu(x) and not depends_on_batch(norm) and not is_hooked(conv, norm):
+        return F.conv2d(x, *with_following_norm(conv, norm), conv.stride, conv.padding, groups=conv.groups)
+    return norm(conv(x))
 
 
 def depthwise_gradients(

@@ -19,7 +19,7 @@ from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
 from .depthwise import DepthwiseConv2d, convolve_and_normalise, mix_and_project
 from .inference import SiLU, add, by_strips
-from .modes import infers_on_cpu, is_hooked, trains_on_cpu
+from .modes import depends_on_batch, is_hooked, normalises_alone, trains_on_cpu
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -38,35 +38,35 @@ def build_batch_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
     return norm.requires_grad_(requires_grad)
 
 
-def normalises_alone(norm: nn.Module) -> bool:
-    """Whether this is a batch norm that does not ask other processes for their statistics."""
-    return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
-
-
-def depends_on_batch(*modules: nn.Module) -> bool:
-    """Whether a batch norm in modules asks for the statistics of whole maps."""
-    norms = [part for m in modules for part in m.modules() if isinstance(part, _BatchNorm)]
-    return any(norm.training or norm.running_mean is None for norm in norms)
-
-
 def channels_first(module: nn.Module, x: Tensor) -> Tensor:
     """Apply a (B, C, H, W) module to a (B, H, W, C) map. Both permutations are views, not copies."""
     return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def build_stem(in_channels: int, channels: int, norm_cfg: dict[str, Any]) -> nn.Sequential:
-    """Map an image (B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(in_channels, channels, 3, stride=2, padding=1),
-            norm=build_batch_norm(norm_cfg, channels),
-            act=SiLU(),
-            depthwise=DepthwiseConv2d(channels, 3),
-            depthwise_norm=build_batch_norm(norm_cfg, channels),
-            depthwise_act=SiLU(),
-            project=nn.Conv2d(channels, channels, 1, bias=False),
-        )
-    )
+class Stem(nn.Module):
+    """Map an image (B, in_channels, H, W) to (B, channels, H / 2, W / 2).
+
+    Args:
+        in_channels: Channels of the image.
+        channels: Channels of the map.
+        norm_cfg: The batch norms.
+    """
+
+    def __init__(self, in_channels: int, channels: int, norm_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
+        self.norm = build_batch_norm(norm_cfg, channels)
+        self.act = SiLU()
+        self.depthwise = DepthwiseConv2d(channels, 3)
+        self.depthwise_norm = build_batch_norm(norm_cfg, channels)
+        self.depthwise_act = SiLU()
+        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the map."""
+        x = self.act(convolve_and_normalise(x, self.conv, self.norm))
+        x = self.depthwise_act(convolve_and_normalise(x, self.depthwise, self.depthwise_norm))
+        return self.project(x)
 
 
 class DropPath(nn.Module):
@@ -141,33 +141,27 @@ class I2RMB(nn.Module):
 
     def spatial(self, x: Tensor) -> Tensor:
         """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
-        return self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
-
-    def spatial_at_once(self, x: Tensor) -> Tensor:
-        """What :meth:`spatial` computes in eval mode, with the batch norm folded as it goes."""
         return self.depthwise_act(convolve_and_normalise(x, self.depthwise, self.depthwise_norm))
 
     def branch(self, x: Tensor) -> Tensor:
         """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
         own = type(self.project) is nn.Linear and type(self.depthwise) is DepthwiseConv2d  # not an adapter
-        alone = normalises_alone(self.depthwise_norm) and not is_hooked(*self._modules.values())
-        if own and alone and trains_on_cpu(y):
+        alone = own and normalises_alone(self.depthwise_norm)
+        if alone and trains_on_cpu(y) and not is_hooked(*self._modules.values()):
             attends = isinstance(self.expand, SEWMHSA)
             y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
             y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)
         else:
             y = self.expand(y)
-            at_once = own and alone and infers_on_cpu(y) and not depends_on_batch(self.depthwise_norm)
-            local = channels_first(self.spatial_at_once if at_once else self.spatial, y)
+            local = channels_first(self.spatial, y)
             y = self.project(add(local, y) if self.residual else local)
         return y if self.layer_scale is None else self.layer_scale * y
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
         parts = self._modules.values()
-        whole = isinstance(self.expand, SEWMHSA) or is_hooked(*parts) or depends_on_batch(*parts)
-        if whole:
+        if isinstance(self.expand, SEWMHSA) or depends_on_batch(*parts) or is_hooked(*parts):
             y = self.branch(x)
         else:
             y = by_strips(self.branch, x, self.stride, 2, x.shape[2] * self.depthwise.in_channels)
@@ -299,7 +293,7 @@ class EMOv2(BaseModule):
         self.deployed = False
 
         width = arch['channels'][0] // 2
-        self.stem = build_stem(in_channels, width, norm_cfg)
+        self.stem = Stem(in_channels, width, norm_cfg)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(arch['depths'])).tolist())
         self.stages = nn.ModuleList()
         for i in range(num_stages):

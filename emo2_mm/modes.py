@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)  # torch 2.1 has the latter
 
@@ -37,3 +38,14 @@ def infers_on_cpu(x: Tensor) -> bool:
 def trains_on_cpu(x: Tensor) -> bool:
     """Whether, moreover, ``x`` will be asked for its gradient."""
     return runs_on_cpu(x) and x.requires_grad
+
+
+def normalises_alone(norm: nn.Module) -> bool:
+    """Whether this is a batch norm that does not ask other processes for their statistics."""
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+
+
+def depends_on_batch(*modules: nn.Module) -> bool:
+    """Whether a batch norm in modules asks for the statistics of whole maps."""
+    norms = [part for m in modules for part in m.modules() if isinstance(part, _BatchNorm)]
+    return any(norm.training or norm.running_mean is None for norm in norms)

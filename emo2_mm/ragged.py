@@ -48,15 +48,18 @@ def is_one_window(height: int, width: int, size: int) -> bool:
     return max(height, width) <= size
 
 
-def windows(x: Tensor, rows: Span, columns: Span, heads: int) -> Tensor:
-    """View a map (B, H, W, heads * d) as (B, n1, n2, heads, rows.tokens, columns.tokens, d)."""
+def windows(x: Tensor, rows: Span, columns: Span, heads: int, maps: int = 1) -> Tensor:
+    """View ``maps`` maps, side by side in one (B, H, W, maps * heads * d), by their windows.
+
+    The view has the shape (maps, B, n1, n2, heads, rows.tokens, columns.tokens, d).
+    """
     batch, _, _, channels = x.shape
     image, row, column, _ = x.stride()
-    d = channels // heads
-    shape = (batch, rows.windows, columns.windows, heads, rows.tokens, columns.tokens, d)
+    d = channels // (maps * heads)
+    shape = (maps, batch, rows.windows, columns.windows, heads, rows.tokens, columns.tokens, d)
+    outer = (heads * d, image, rows.window_step * row, columns.window_step * column)
     inner = (d, rows.token_step * row, columns.token_step * column, 1)
-    strides = (image, rows.window_step * row, columns.window_step * column, *inner)
-    return x.as_strided(shape, strides, x.storage_offset() + rows.start * row + columns.start * column)
+    return x.as_strided(shape, outer + inner, x.storage_offset() + rows.start * row + columns.start * column)
 
 
 class _Windows:
@@ -67,28 +70,37 @@ class _Windows:
     first, for torch's softmax is faster along another axis than the last.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], rows: Span, columns: Span, size: int, heads: int) -> None:
-        q, k, v, padding_k, padding_v = tensors
+    def __init__(
+        self,
+        qk: Tensor,
+        v: Tensor,
+        padding_qk: Tensor,
+        padding_v: Tensor,
+        rows: Span,
+        columns: Span,
+        size: int,
+        heads: int,
+    ) -> None:
         self.place = (rows, columns, heads)
         self.tokens = rows.tokens * columns.tokens
         self.padded = size**2 - self.tokens
-        self.q = windows(q, *self.place).reshape(-1, self.tokens, q.shape[-1] // heads)
-        self.k = self._gather(k, padding_k)
-        self.v = self._gather(v, padding_v)
-        self.scale = self.q.shape[-1] ** -0.5
+        q, self.k = self._gather(qk, padding_qk, 2)
+        self.q = q[:, : self.tokens]
+        (self.v,) = self._gather(v, padding_v, 1)
+        self.scale = q.shape[-1] ** -0.5
         logits = torch.baddbmm(q.new_empty(1), self.k, self.q.transpose(1, 2), beta=0, alpha=self.scale)
         if self.padded:
             logits[:, -1] += math.log(self.padded)
         self.attention = logits.softmax(1).to(v.dtype)
 
-    def _gather(self, x: Tensor, padding: Tensor) -> Tensor:
-        x = windows(x, *self.place)
+    def _gather(self, x: Tensor, padding: Tensor, maps: int) -> Tensor:
+        x = windows(x, *self.place, maps)
         if not self.padded:
-            return x.reshape(-1, self.tokens, x.shape[-1])
-        gathered = x.new_empty(*x.shape[:4], self.tokens + 1, x.shape[-1])
+            return x.reshape(maps, -1, self.tokens, x.shape[-1])
+        gathered = x.new_empty(*x.shape[:5], self.tokens + 1, x.shape[-1])
         gathered[..., :-1, :].view(x.shape).copy_(x)
-        gathered[..., -1, :] = padding.view(-1, x.shape[-1])
-        return gathered.flatten(0, 3)
+        gathered[..., -1, :] = padding.view(maps, 1, 1, 1, -1, x.shape[-1])
+        return gathered.flatten(1, 4)
 
     def put(self, values: Tensor, x: Tensor, distant: bool) -> None:
         """Write (neighbour windows) or add (distant ones, that come later) tokens to the map ``x``."""
@@ -105,43 +117,76 @@ class _Windows:
         return gradient[:, -1].unflatten(0, (-1, heads)).sum(0).flatten() if self.padded else 0.0
 
 
-class Attend(torch.autograd.Function):
+def attend(
+    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
+) -> Tensor:
     """Attend in neighbour and in distant windows, and add the two.
 
-    ``apply`` takes q and k in one map of shape (B, H, W, 2 * heads * d); v before its activation, of shape
-    (B, H, W, heads * e); k and v of a padded token, of shapes (heads * d) and (heads * e); the activation
-    (GELU); the side of a window and the number of heads. It gives a map of the shape of v.
-    """
+    Args:
+        qk: q and k in one map of shape (B, H, W, 2 * heads * d).
+        v: v before its activation, of shape (B, H, W, heads * e).
+        padding_qk: What a padded token has in ``qk``, of shape (2 * heads * d).
+        padding_v: What it has in ``v``, of shape (heads * e).
+        act: The activation of v: GELU.
+        size: Side of a window, in tokens.
+        heads: Number of attention heads.
 
+    Returns:
+        Map of the shape of ``v``.
+    """
+    function = _Attend.apply if torch.is_grad_enabled() else _attend
+    return function(qk, v, padding_qk, padding_v, act, size, heads)
+
+
+def _attend(
+    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
+) -> Tensor:
+    out = torch.empty_like(v)
+    for part, distant in _parts(qk, v, padding_qk, padding_v, act, size, heads):
+        part.put(part.attention.transpose(1, 2) @ part.v, out, distant)
+    return out.mul_(2) if is_one_window(*v.shape[1:3], size) else out
+
+
+def _parts(
+    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
+) -> Iterator[tuple[_Windows, bool]]:
+    """Gather the windows of one extent after another, all neighbour ones first."""
+    height, width = v.shape[1:3]
+    tensors = qk, act(v), padding_qk, act(padding_v)
+    for distant in (False,) if is_one_window(height, width, size) else (False, True):
+        for rows, columns in product(spans(height, size, distant), spans(width, size, distant)):
+            yield _Windows(*tensors, rows, columns, size, heads), distant
+
+
+class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         qk: Tensor,
         v: Tensor,
-        padding_k: Tensor,
+        padding_qk: Tensor,
         padding_v: Tensor,
         act: nn.Module,
         size: int,
         heads: int,
     ) -> Tensor:
-        ctx.save_for_backward(qk, v, padding_k, padding_v)
-        ctx.act, ctx.size, ctx.heads = act, size, heads
-        out = torch.empty_like(v)
-        for part, distant in Attend.parts(ctx, qk, v, padding_k, padding_v):
-            part.put(part.attention.transpose(1, 2) @ part.v, out, distant)
-        return out.mul_(2) if is_one_window(*v.shape[1:3], size) else out
+        ctx.save_for_backward(qk, v, padding_qk, padding_v)
+        ctx.setting = act, size, heads
+        return _attend(qk, v, padding_qk, padding_v, *ctx.setting)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qk, v, padding_k, padding_v = ctx.saved_tensors
+        qk, v, padding_qk, padding_v = ctx.saved_tensors
+        _, size, _ = ctx.setting
         grad_qk, grad_v = torch.empty_like(qk), torch.empty_like(v)
         grad_q, grad_k = grad_qk.chunk(2, dim=-1)
-        grad_padding_k, grad_padding_v = torch.zeros_like(padding_k), torch.zeros_like(padding_v)
+        grad_padding_qk, grad_padding_v = torch.zeros_like(padding_qk), torch.zeros_like(padding_v)
+        grad_padding_k = grad_padding_qk.chunk(2)[1]  # padded tokens ask nothing: q has no gradient
         grad = grad.contiguous()
-        if is_one_window(*v.shape[1:3], ctx.size):
+        if is_one_window(*v.shape[1:3], size):
             grad = grad * 2
-        for part, distant in Attend.parts(ctx, qk, v, padding_k, padding_v):
+        for part, distant in _parts(qk, v, padding_qk, padding_v, *ctx.setting):
             g = windows(grad, *part.place).reshape(-1, part.tokens, part.v.shape[-1])
             g_v = part.attention @ g
             g_attention = part.v @ g.transpose(1, 2)
@@ -155,15 +200,4 @@ class Attend(torch.autograd.Function):
             grad_padding_v += part.padding(g_v)
         grad_v = torch.ops.aten.gelu_backward(grad_v, v)
         grad_padding_v = torch.ops.aten.gelu_backward(grad_padding_v, padding_v)
-        return grad_qk, grad_v, grad_padding_k, grad_padding_v, None, None, None
-
-    @staticmethod
-    def parts(
-        ctx: Any, qk: Tensor, v: Tensor, padding_k: Tensor, padding_v: Tensor
-    ) -> Iterator[tuple[_Windows, bool]]:
-        """Gather the windows of one extent after another, all neighbour ones first."""
-        tensors = (*qk.chunk(2, dim=-1), ctx.act(v), padding_k, ctx.act(padding_v))
-        for distant in (False,) if is_one_window(*v.shape[1:3], ctx.size) else (False, True):
-            h, w = (spans(length, ctx.size, distant) for length in v.shape[1:3])
-            for rows, columns in product(h, w):
-                yield _Windows(tensors, rows, columns, ctx.size, ctx.heads), distant
+        return grad_qk, grad_v, grad_padding_qk, grad_padding_v, None, None, None
