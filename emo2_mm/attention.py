@@ -79,7 +79,8 @@ class SEWMHSA(nn.Module):
         """Map (B, H, W, channels) to (B, H, W, expanded_channels)."""
         _, h, w, _ = x.shape
         size, heads = self.window_size, self.heads
-        own = type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
+        gelu = type(self.act) is nn.GELU and self.act.approximate == 'none'
+        own = gelu and type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
         if own and runs_on_cpu(x) and not is_hooked(*self.children()):
             padding = self.qk.bias, self.v.bias
             return attend(self.qk(x), self.v(x), *padding, self.act, size, heads)

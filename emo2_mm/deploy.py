@@ -24,7 +24,8 @@ def with_following_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tenso
     scale, shift = scale_and_shift(norm)
     if conv.bias is not None:
         shift = shift + conv.bias * scale
-    return conv.weight * scale.view(-1, 1, 1, 1), shift
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)  # the norm may have more digits
 
 
 @torch.no_grad()
@@ -39,5 +40,5 @@ def fold_following_norm(conv: nn.Conv2d, norm: nn.Module) -> None:
 def fold_preceding_norm(norm: nn.Module, linear: nn.Linear) -> None:
     """Let a linear layer do what the batch norm in front of it does."""
     scale, shift = scale_and_shift(norm)
-    linear.bias.add_(linear.weight @ shift)
+    linear.bias.add_(linear.weight.to(shift.dtype) @ shift)
     linear.weight.mul_(scale)

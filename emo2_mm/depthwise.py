@@ -49,7 +49,7 @@ def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tenso
     """Compute ``norm(conv(x))`` of a (B, C, H, W) map; inference on a CPU folds the norm as it goes."""
     own = type(conv) in (nn.Conv2d, DepthwiseConv2d) and normalises_alone(norm)  # not an adapter in its place
     if own and infers_on_cpu(x) and not depends_on_batch(norm) and not is_hooked(conv, norm):
-        return F.conv2d(x, *with_following_norm(conv, norm), conv.stride, conv.padding, groups=conv.groups)
+        return conv._conv_forward(x, *with_following_norm(conv, norm))
     return norm(conv(x))
 
 
@@ -104,6 +104,15 @@ ACTIVATION_GRADIENTS = {
     nn.GELU: torch.ops.aten.gelu_backward,
     nn.Identity: lambda grad, x: grad,
 }
+
+
+def can_mix_and_project(
+    act: nn.Module, depthwise: nn.Module, norm: nn.Module, depthwise_act: nn.Module, project: nn.Module
+) -> bool:
+    """Whether :func:`mix_and_project` computes what these modules do: none of them is an adapter."""
+    own = type(depthwise) is DepthwiseConv2d and type(depthwise_act) is SiLU and type(project) is nn.Linear
+    exact = type(act) in ACTIVATION_GRADIENTS and getattr(act, 'approximate', 'none') == 'none'
+    return own and exact and normalises_alone(norm)
 
 
 def mix_and_project(
@@ -168,7 +177,8 @@ class _MixAndProject(torch.autograd.Function):
             z = z.permute(0, 2, 3, 1).flatten(0, 2)
             rows = grad.flatten(0, 2)
             grad_projection = rows.t() @ z.to(dtype) if ctx.needs_input_grad[4] else None
-            grad_z = (rows @ projection.to(dtype)).view(*grad.shape[:3], -1).permute(0, 3, 1, 2)
+            grad_z = (rows @ projection.to(dtype)).view(*grad.shape[:3], projection.shape[1])
+            grad_z = grad_z.permute(0, 3, 1, 2)
         grad_convolved, *grad_affine = torch.autograd.grad(local, inputs, grad_z)
         grad_e, grad_kernel = depthwise_gradients(
             grad_convolved, e, kernel, ctx.stride, ctx.needs_input_grad[0], ctx.needs_input_grad[1]

@@ -67,10 +67,14 @@ class Teacher:
         """
         if self.network is not None:
             return
+        cfg = deepcopy(self.cfg)
+        file = cfg.pop('checkpoint_path', None)  # timm would run code that it may hold
         try:
-            network = MODELS.build(deepcopy(self.cfg))
+            network = MODELS.build(cfg)
             if isinstance(network, ImageClassifier):  # others load theirs when they are built
-                content = read_checkpoint(self.cfg['pretrained'])
+                file = file or cfg['pretrained']
+            if file:
+                content = read_checkpoint(file)
                 network.load_state_dict(content.get('state_dict', content))
         except Exception as error:
             remedy = 'Give the file of its weights with --cfg-options model.teacher.pretrained=FILE'

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from .attention import SEWMHSA
 from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
-from .depthwise import DepthwiseConv2d, convolve_and_normalise, mix_and_project
+from .depthwise import DepthwiseConv2d, can_mix_and_project, convolve_and_normalise, mix_and_project
 from .inference import SiLU, add, by_strips
-from .modes import depends_on_batch, is_hooked, normalises_alone, trains_on_cpu
+from .modes import depends_on_batch, is_hooked, trains_on_cpu
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -143,12 +143,16 @@ class I2RMB(nn.Module):
         """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
         return self.depthwise_act(convolve_and_normalise(x, self.depthwise, self.depthwise_norm))
 
+    def mixes_at_once(self) -> bool:
+        """Whether all that follows ``expand`` may be computed together: nothing is exchanged or hooked."""
+        act = nn.Identity() if isinstance(self.expand, SEWMHSA) else self.expand.act
+        parts = act, self.depthwise, self.depthwise_norm, self.depthwise_act, self.project
+        return can_mix_and_project(*parts) and not is_hooked(*self._modules.values())
+
     def branch(self, x: Tensor) -> Tensor:
         """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
-        own = type(self.project) is nn.Linear and type(self.depthwise) is DepthwiseConv2d  # not an adapter
-        alone = own and normalises_alone(self.depthwise_norm)
-        if alone and trains_on_cpu(y) and not is_hooked(*self._modules.values()):
+        if trains_on_cpu(y) and self.mixes_at_once():
             attends = isinstance(self.expand, SEWMHSA)
             y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
             y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)

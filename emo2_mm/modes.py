@@ -19,6 +19,8 @@ def is_hooked(*modules: nn.Module) -> bool:
     return any(
         m._forward_pre_hooks
         or m._forward_hooks
+        or m._backward_pre_hooks
+        or m._backward_hooks
         or is_hooked(*m._modules.values())  # m.modules() takes longer
         for m in modules
         if m is not None
@@ -41,8 +43,8 @@ def trains_on_cpu(x: Tensor) -> bool:
 
 
 def normalises_alone(norm: nn.Module) -> bool:
-    """Whether this is a batch norm that does not ask other processes for their statistics."""
-    return isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+    """Whether this is a batch norm that does no more, such as asking other processes for their statistics."""
+    return isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward
 
 
 def depends_on_batch(*modules: nn.Module) -> bool:

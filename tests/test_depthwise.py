@@ -59,6 +59,13 @@ def test_mixed_precision_gives_gradients_in_the_dtype_of_the_leaves() -> None:
     torch.testing.assert_close(x.grad, x2.grad, rtol=2e-2, atol=2e-2)
 
 
+class NormAndReLU(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
 class Adapter(nn.Conv2d):
     """Stands where a convolution stood, and computes something else."""
 
@@ -78,28 +85,33 @@ class TestConvolveAndNormalise:
     @staticmethod
     def calls(conv: nn.Module, norm: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
         """How often the norm is called for the result of the two, which has to be right."""
-        found, forward = [], type(norm).forward
-        monkeypatch.setattr(type(norm), 'forward', lambda self, y: (found.append(1), forward(self, y))[1])
+        found, forward = [], norm.forward
+        monkeypatch.setattr(norm, 'forward', lambda y: (found.append(1), forward(y))[1])
         y = convolve_and_normalise(x, conv, norm)
         count = len(found)
         torch.testing.assert_close(y, norm(conv(x)), rtol=1e-12, atol=1e-12)
         return count
 
-    @pytest.mark.parametrize('conv', [nn.Conv2d(6, 6, 3, 2, padding=1), DepthwiseConv2d(6, 5)])
+    @pytest.mark.parametrize(
+        'conv',
+        [
+            nn.Conv2d(6, 6, 3, 2, padding=1),
+            nn.Conv2d(6, 6, 3, padding=2, dilation=2, padding_mode='reflect'),
+            DepthwiseConv2d(6, 5),
+        ],
+    )
     @torch.no_grad()
     def test_folds_the_norm(self, conv: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(2, 6, 7, 8, dtype=torch.double)
         assert self.calls(conv.double(), self.norm(), x, monkeypatch) == 0
 
-    @pytest.mark.parametrize('reason', ['gradients', 'statistics', 'mode', 'kind', 'adapter', 'hook'])
+    @pytest.mark.parametrize('reason', ['gradients', 'statistics', 'mode', 'kind', 'more', 'adapter', 'hook'])
     def test_or_calls_it(self, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         x = torch.randn(2, 6, 7, 8, dtype=torch.double)
         conv = (Adapter if reason == 'adapter' else nn.Conv2d)(6, 6, 3, padding=1).double()
-        norm = self.norm(
-            nn.InstanceNorm2d if reason == 'kind' else nn.BatchNorm2d,
-            track_running_stats=reason != 'statistics',
-        )
+        kinds = {'kind': nn.InstanceNorm2d, 'more': NormAndReLU}
+        norm = self.norm(kinds.get(reason, nn.BatchNorm2d), track_running_stats=reason != 'statistics')
         norm.train(reason == 'mode')
         if reason == 'hook':
             conv.register_forward_hook(lambda m, args, y: 3 * y)

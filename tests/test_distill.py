@@ -372,6 +372,17 @@ import emo2_mm.distill
         images = torch.rand(2, 3, SIDE, SIDE)
         assert torch.equal(model.teacher(images), network.eval()(images))
 
+    def test_a_file_for_timm_runs_no_code(self, timm_teacher: dict[str, Any], tmp_path: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return os.system, (f'touch {tmp_path}/marker',)
+
+        torch.save({'state_dict': {}, 'meta': Bomb()}, tmp_path / 'bomb.pth')
+        timm_teacher.update(pretrained=False, checkpoint_path=str(tmp_path / 'bomb.pth'))
+        with pytest.raises(RuntimeError, match='(?s)test_resnet.* cannot be had: .*bomb.pth.*names .*system'):
+            build(timm_teacher)
+        assert not (tmp_path / 'marker').exists()
+
 
 def write_distilled(folder: Path) -> Config:
     """A config that trains on the tiny data, with moving average and teacher."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any, Callable, Iterator
 
@@ -266,6 +267,34 @@ class TestWays:
             return model
 
         self.compare(build, torch.rand(2, 3, 41, 50, dtype=torch.double), plain_way)
+
+    @pytest.mark.parametrize('name', ['act', 'depthwise_act'])
+    @pytest.mark.parametrize('act', [nn.ReLU, partial(nn.GELU, 'tanh')], ids=['ReLU', 'tanh'])
+    def test_replaced_activations(
+        self, act: Callable[[], nn.Module], name: str, plain_way: Callable[[], None]
+    ) -> None:
+        def build() -> EMOv2:
+            model = tiny().double().train()
+            for module in model.stages.modules():
+                if hasattr(module, name):
+                    setattr(module, name, act())
+            return model
+
+        self.compare(build, torch.rand(2, 3, 41, 50, dtype=torch.double), plain_way)
+
+    def test_backward_hooks_are_called(self) -> None:
+        """Of all parts, as explanations rely on."""
+        model, called = tiny(final_norm=True).train(), set()
+        names = [n for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)]
+        for name in names:
+            model.get_submodule(name).register_full_backward_hook(
+                lambda m, grad_in, grad_out, name=name: called.add(name)
+            )
+        x = torch.rand(2, 3, 32, 32, requires_grad=True)
+        sum(m.square().sum() for m in model(x)).backward()
+        containers = {f'stages.{i}' for i in range(4)}  # their blocks are called one by one
+        without_residual = {f'stages.{i}.0.drop_path' for i in range(4)}
+        assert set(names) - called == containers | without_residual
 
     @pytest.mark.parametrize('training', [True, False])
     def test_a_cpu_does_take_its_own(self, training: bool, plain_way: Callable[[], None]) -> None:

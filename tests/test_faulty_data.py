@@ -165,6 +165,18 @@ def test_training_stops(data: Path, kind: str, workers: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('options', [[], ['--out', 'all.pkl']], ids=['', 'out'])
+def test_evaluation_stops(data: Path, options: list[str]) -> None:
+    pytest.importorskip('mmpretrain')
+    config = write_config(data, CLASSIFIER)
+    assert run(data, 'train.py', config).returncode == 0
+    empty(data / 'folders/dark/0.png')
+    result = run(data, 'test.py', config, data / 'work_dirs/tiny/epoch_1.pth', *options)
+    assert result.returncode == 1
+    assert f'FaultyData: {data}/folders/dark/0.png: LoadImageFromFile: error: OpenCV' in result.stderr
+
+
+@pytest.mark.slow
 def test_what_is_left_out_is_counted(data: Path) -> None:
     pytest.importorskip('mmdet')
     path = data / 'coco/boxes.json'

@@ -242,6 +242,22 @@ class TestModule:
             assert a.dtype == dtype
             assert ((a.float() - b).norm() / b.norm()).item() < 3e-2
 
+    @pytest.mark.parametrize('deployed', [False, True])
+    @torch.no_grad()
+    def test_norms_with_more_digits_than_weights(self, deployed: bool) -> None:
+        """As some keep batch norms in float32 in a narrow network."""
+        model, x = tiny().eval(), torch.rand(2, 3, 50, 41)
+        expected = model(x)
+        model.bfloat16()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.float()
+        if deployed:
+            model.switch_to_deploy()
+        for a, b in zip(model(x.bfloat16()), expected):
+            assert a.dtype == torch.bfloat16
+            assert ((a.float() - b).norm() / b.norm()).item() < 3e-2
+
     @pytest.mark.parametrize('mode', ['training', 'gradients', 'inference'])
     def test_hooks_see_what_is_computed(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of every module, as explanations, distillation, pruning and spectral norm rely on."""
@@ -284,6 +300,11 @@ class TestModule:
         assert all(torch.equal(y, then) for y, then in seen.values())
         for i, name in ((0, 'stages.0.0'), (1, 'stages.1.1'), (3, 'stages.3.1')):
             assert torch.equal(seen[name][0].permute(0, 3, 1, 2), maps[i])
+
+    def test_gradients_of_a_batch_without_images(self) -> None:
+        model = tiny(norm_eval=True).train()
+        sum(m.sum() for m in model(torch.rand(0, 3, 32, 32))).backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
     def test_batches_without_images(self) -> None:
         model = tiny().eval()

@@ -194,7 +194,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, config: str) -> None:
     assert marker.exists()
 
 
-@pytest.mark.parametrize('address', ['{}', 'file.pth', 'http://host/{}', 'https://host/{}'])
+@pytest.mark.parametrize(
+    'address', ['{}', 'file.pth', 'http://host/{}', 'https://host/{}', 's3://a/b.pth', 'c:petrel://a/b.pth']
+)
 def test_every_checkpoint_is_read_as_data(address: str, runtime: Any) -> None:
     """``load_from``, ``resume`` and ``Pretrained`` all ask MMEngine's loader."""
     assert CheckpointLoader._get_checkpoint_loader(address) is runtime.load_from_file_as_data

@@ -96,6 +96,14 @@ def test_what_is_kept(trained, weights, kind, tmp_path):
     )
 
 
+def test_home_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path, _ = publish('~/epoch_12.pth', '~/new/a.pth')
+    assert path.parent == tmp_path / 'new' and path.is_file()
+    assert not (tmp_path / '~').exists()
+
+
 def test_torch_reads_it_as_weights_only(trained, weights, tmp_path):
     content = torch.load(publish(trained, tmp_path / 'a.pth')[0], weights_only=True)
     assert content['meta'] == PUBLISHED

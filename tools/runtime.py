@@ -255,7 +255,9 @@ def check_checkpoint(path: str | None, entry: str) -> None:
         fail(f'{entry} is {path}, but there is no file {os.path.abspath(os.path.expanduser(path))}')
 
 
-@CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
+@CheckpointLoader.register_scheme(
+    prefixes=('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), force=True
+)
 def load_from_file_as_data(filename: str, map_location: Any = None) -> Any:
     """What ``load_from``, ``resume`` and ``Pretrained`` read a file with here: no code of it runs.
 
@@ -266,9 +268,9 @@ def load_from_file_as_data(filename: str, map_location: Any = None) -> Any:
     except (ImportError, OSError, ValueError) as error:
         fail(str(error))
     if isinstance(content, dict):
-        for part, name in (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'log_scalars')):
-            if isinstance(content.get(part), dict):
-                content[part].pop(name, None)
+        for name in ('config', 'cfg'):
+            if isinstance(content.get('meta'), dict):
+                content['meta'].pop(name, None)
         if isinstance(content.get('message_hub'), dict):
             content['message_hub']['log_scalars'] = {}
     return content

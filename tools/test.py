@@ -116,9 +116,9 @@ def main() -> None:
             metric.update(output_dir=args.out, keep_results=True)
 
     runner = runtime.build_runner(cfg)
+    faulty_data.name_faults(runner)  # before the evaluator is asked for, which builds the data set
     if args.out and not segments:
         keep_predictions(runner, cfg.get('default_scope'), args.out)
-    faulty_data.name_faults(runner)
     runner.test()
 
 

@@ -36,6 +36,7 @@ def write_weights(
         OSError: If it cannot be written; what was there stays.
         ValueError: If ``path`` is a folder, or the package safetensors is missing.
     """
+    path = path.expanduser()
     if path.is_dir():
         raise ValueError(f'{path}: a folder; give a name for the file in it')
     # a view would bring along all it is a view of, and safetensors takes none
