@@ -61,7 +61,7 @@ dev = [
     'codespell',
     'hypothesis',
     'pre-commit',
-    'pytest',
+    'pytest>=7.3',
     'pytest-timeout',
     'pytest-xdist',
     'ruff',

@@ -29,6 +29,10 @@ case "$*" in
 esac
 """
 
+FAKE_DF = """#!/bin/sh
+printf 'Filesystem 1024-blocks Used Available\\nfake 0 0 %s\\n' "$FREE_KB"
+"""
+
 
 def listen() -> None:
     """Undo what nohup or a background job does: a shell cannot trap what it was told to ignore."""
@@ -37,14 +41,17 @@ def listen() -> None:
 
 
 class Checkout:
-    """A folder with what make_env.sh reads, a user's cache with an mmcv wheel and a fake Python."""
+    """A folder with what make_env.sh reads, a cache with an mmcv wheel, a fake Python and a fake disk."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / 'checkout'
         self.notes = folder / 'notes'
         self.python = folder / 'python'
-        self.python.write_text(FAKE_PYTHON)
-        self.python.chmod(0o755)
+        tools = folder / 'tools'
+        tools.mkdir()
+        for program, text in ((self.python, FAKE_PYTHON), (tools / 'df', FAKE_DF)):
+            program.write_text(text)
+            program.chmod(0o755)
         for name in ('tools/make_env.sh', 'requirements', 'setup.py', 'emo2_mm/version.py'):
             target = self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +68,8 @@ class Checkout:
             'WHEEL': WHEEL,
             'BLOCK': '',
             'MINOR': '9',
+            'FREE_KB': str(9 * 2**20),
+            'PATH': f'{tools}:{os.environ["PATH"]}',
         }
 
     def start(self, arguments: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
@@ -160,6 +169,11 @@ def test_wrong_settings_are_named(checkout: Checkout) -> None:
     assert 'unknown STACK=bogus; known stacks: classic' in checkout.run(status=1, STACK='bogus')
     assert 'PYTHON=/bogus not found' in checkout.run(status=1, PYTHON='/bogus')
     assert 'PYTHON=/bin/false does not run' in checkout.run(status=1, PYTHON='/bin/false')
+    assert not (checkout.root / '.venv').exists()
+
+
+def test_full_disk_is_named_before_anything_is_fetched(checkout: Checkout) -> None:
+    assert 'has 8 GB of free disk; 9 GB are needed' in checkout.run(status=1, FREE_KB=str(9 * 2**20 - 1))
     assert not (checkout.root / '.venv').exists()
 
 
