@@ -152,7 +152,9 @@ def _parts(
 ) -> Iterator[tuple[_Windows, bool]]:
     """Gather the windows of one extent after another, all neighbour ones first."""
     height, width = v.shape[1:3]
-    tensors = qk, act(v), padding_qk, act(padding_v)
+    if height % size or width % size:
+        padding_v = act(padding_v)
+    tensors = qk, act(v), padding_qk, padding_v
     for distant in (False,) if is_one_window(height, width, size) else (False, True):
         for rows, columns in product(spans(height, size, distant), spans(width, size, distant)):
             yield _Windows(*tensors, rows, columns, size, heads), distant

@@ -1,4 +1,4 @@
-"""Keep test modules apart, and say from time to time how long the tests will still take."""
+"""Tests keep apart, small maps take the way of large ones, and the time that is left is told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 import pytest
 from mmengine.registry import DefaultScope
 
+from emo2_mm import depthwise
+
 INTERVAL = 20  # seconds between two messages
 
 
@@ -14,6 +16,12 @@ INTERVAL = 20  # seconds between two messages
 def no_default_scope() -> None:
     """MMEngine stays in the scope of the last runner; a module shall not begin in that of another."""
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_map_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are folded as inference goes, as with maps that would take long to test."""
+    monkeypatch.setattr(depthwise, 'FOLDS_FROM', 0)
 
 
 class TimeLeft:

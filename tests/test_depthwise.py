@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emo2_mm import depthwise
 from emo2_mm.depthwise import DepthwiseConv2d, convolve_and_normalise, mix_and_project
 from emo2_mm.inference import SiLU
 
@@ -104,6 +105,14 @@ class TestConvolveAndNormalise:
     def test_folds_the_norm(self, conv: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(2, 6, 7, 8, dtype=torch.double)
         assert self.calls(conv.double(), self.norm(), x, monkeypatch) == 0
+
+    @torch.no_grad()
+    def test_of_a_large_map(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Folding costs more than the norm of a small one."""
+        x = torch.randn(2, 6, 7, 8, dtype=torch.double)
+        for large, calls in ((x.numel(), 0), (x.numel() + 1, 1)):
+            monkeypatch.setattr(depthwise, 'FOLDS_FROM', large)
+            assert self.calls(DepthwiseConv2d(6, 5).double(), self.norm(), x, monkeypatch) == calls
 
     @pytest.mark.parametrize('reason', ['gradients', 'statistics', 'mode', 'kind', 'more', 'adapter', 'hook'])
     def test_or_calls_it(self, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
