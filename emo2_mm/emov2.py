@@ -150,7 +150,7 @@ class I2RMB(nn.Module):
         return can_mix_and_project(*parts) and not is_hooked(*self._modules.values())
 
     def branch(self, x: Tensor) -> Tensor:
-        """Compute what is added to the input: (B, H, W, in_channels) to (B, H', W', out_channels)."""
+        """Compute what is scaled and added: (B, H, W, in_channels) to (B, H', W', out_channels)."""
         y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
         if trains_on_cpu(y) and self.mixes_at_once():
             attends = isinstance(self.expand, SEWMHSA)
@@ -160,7 +160,7 @@ class I2RMB(nn.Module):
             y = self.expand(y)
             local = channels_first(self.spatial, y)
             y = self.project(add(local, y) if self.residual else local)
-        return y if self.layer_scale is None else self.layer_scale * y
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
@@ -169,7 +169,10 @@ class I2RMB(nn.Module):
             y = self.branch(x)
         else:
             y = by_strips(self.branch, x, self.stride, 2, x.shape[2] * self.depthwise.in_channels)
-        return add(self.drop_path(y), x) if self.residual else y
+        if not self.residual:
+            return y if self.layer_scale is None else y * self.layer_scale
+        y = self.drop_path(y)
+        return add(y, x) if self.layer_scale is None else torch.addcmul(x, y, self.layer_scale)
 
     def fold(self) -> None:
         """Fold batch norms and layer scale; see :meth:`EMOv2.switch_to_deploy`."""

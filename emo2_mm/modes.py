@@ -34,12 +34,12 @@ def runs_on_cpu(x: Tensor) -> bool:
 
 def infers_on_cpu(x: Tensor) -> bool:
     """Whether, moreover, nothing will ask for gradients."""
-    return runs_on_cpu(x) and not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() and runs_on_cpu(x)
 
 
 def trains_on_cpu(x: Tensor) -> bool:
     """Whether, moreover, ``x`` will be asked for its gradient."""
-    return runs_on_cpu(x) and x.requires_grad
+    return x.requires_grad and runs_on_cpu(x)
 
 
 def normalises_alone(norm: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import product
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,73 +48,81 @@ def is_one_window(height: int, width: int, size: int) -> bool:
     return max(height, width) <= size
 
 
-def windows(x: Tensor, rows: Span, columns: Span, heads: int, maps: int = 1) -> Tensor:
-    """View ``maps`` maps, side by side in one (B, H, W, maps * heads * d), by their windows.
+class Windows(NamedTuple):
+    """Equally large windows, neighbour or distant ones, of a map with so many heads."""
 
-    The view has the shape (maps, B, n1, n2, heads, rows.tokens, columns.tokens, d).
-    """
-    batch, _, _, channels = x.shape
-    image, row, column, _ = x.stride()
-    d = channels // (maps * heads)
-    shape = (maps, batch, rows.windows, columns.windows, heads, rows.tokens, columns.tokens, d)
-    outer = (heads * d, image, rows.window_step * row, columns.window_step * column)
-    inner = (d, rows.token_step * row, columns.token_step * column, 1)
-    return x.as_strided(shape, outer + inner, x.storage_offset() + rows.start * row + columns.start * column)
+    rows: Span
+    columns: Span
+    distant: bool
+    padded: int  # tokens that each of them lacks
+    heads: int
 
+    def view(self, x: Tensor, maps: int = 1) -> Tensor:
+        """View ``maps`` maps, side by side in one (B, H, W, maps * heads * d), by these windows.
 
-class _Windows:
-    """Equally large windows of q, k and v, gathered, and their attention.
+        The view has the shape (maps, B, n1, n2, heads, rows.tokens, columns.tokens, d).
+        """
+        rows, columns, _, _, heads = self
+        batch, _, _, channels = x.shape
+        image, row, column, _ = x.stride()
+        d = channels // (maps * heads)
+        shape = (maps, batch, rows.windows, columns.windows, heads, rows.tokens, columns.tokens, d)
+        outer = (heads * d, image, rows.window_step * row, columns.window_step * column)
+        inner = (d, rows.token_step * row, columns.token_step * column, 1)
+        start = x.storage_offset() + rows.start * row + columns.start * column
+        return x.as_strided(shape, outer + inner, start)
 
-    With t tokens in a window, and u = t + 1 if there is padding (its key and value come last), else u = t:
-    ``q`` (B * n1 * n2 * heads, t, d), ``k`` (..., u, d), ``v`` (..., u, e), ``attention`` (..., u, t): keys
-    first, for torch's softmax is faster along another axis than the last.
-    """
+    def gather(self, x: Tensor, padding: Tensor, maps: int = 1) -> tuple[Tensor, ...]:
+        """Copy the windows of each map: (B * n1 * n2 * heads, tokens, d).
 
-    def __init__(
-        self,
-        qk: Tensor,
-        v: Tensor,
-        padding_qk: Tensor,
-        padding_v: Tensor,
-        rows: Span,
-        columns: Span,
-        size: int,
-        heads: int,
-    ) -> None:
-        self.place = (rows, columns, heads)
-        self.tokens = rows.tokens * columns.tokens
-        self.padded = size**2 - self.tokens
-        q, self.k = self._gather(qk, padding_qk, 2)
-        self.q = q[:, : self.tokens]
-        (self.v,) = self._gather(v, padding_v, 1)
-        self.scale = q.shape[-1] ** -0.5
-        logits = torch.baddbmm(q.new_empty(1), self.k, self.q.transpose(1, 2), beta=0, alpha=self.scale)
+        Where tokens are padded, one more comes last, which stands for all of them.
+        """
+        x = self.view(x, maps)
+        *outer, rows, columns, d = x.shape
+        if not self.padded:
+            return x.reshape(maps, -1, rows * columns, d).unbind()
+        gathered = x.new_empty(*outer, rows * columns + 1, d)
+        gathered[..., :-1, :].view(x.shape).copy_(x)
+        gathered[..., -1, :] = padding.view(maps, 1, 1, 1, -1, d)
+        return gathered.flatten(1, 4).unbind()
+
+    def real(self, tokens: Tensor) -> Tensor:
+        """Leave the padded token of each window out."""
+        return tokens[:, :-1] if self.padded else tokens
+
+    def attention(self, q: Tensor, k: Tensor) -> Tensor:
+        """Compute attention maps: (B * n1 * n2 * heads, keys, queries).
+
+        Keys first, for torch's softmax is faster along another axis than the last.
+        """
+        q = self.real(q)
+        logits = torch.baddbmm(k.new_empty(1), k, q.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
         if self.padded:
             logits[:, -1] += math.log(self.padded)
-        self.attention = logits.softmax(1).to(v.dtype)
+        return logits.softmax(1)
 
-    def _gather(self, x: Tensor, padding: Tensor, maps: int) -> Tensor:
-        x = windows(x, *self.place, maps)
-        if not self.padded:
-            return x.reshape(maps, -1, self.tokens, x.shape[-1])
-        gathered = x.new_empty(*x.shape[:5], self.tokens + 1, x.shape[-1])
-        gathered[..., :-1, :].view(x.shape).copy_(x)
-        gathered[..., -1, :] = padding.view(maps, 1, 1, 1, -1, x.shape[-1])
-        return gathered.flatten(1, 4)
-
-    def put(self, values: Tensor, x: Tensor, distant: bool) -> None:
-        """Write (neighbour windows) or add (distant ones, that come later) tokens to the map ``x``."""
-        place = windows(x, *self.place)
-        values = values[:, : self.tokens].view(place.shape)
-        if distant:
-            place.add_(values)
+    def put(self, tokens: Tensor, x: Tensor) -> None:
+        """Write (neighbour windows) or add (distant ones, that come later) real tokens to the map ``x``."""
+        x = self.view(x)
+        tokens = tokens.view(x.shape)
+        if self.distant:
+            x.add_(tokens)
         else:
-            place.copy_(values)
+            x.copy_(tokens)
 
     def padding(self, gradient: Tensor) -> Tensor | float:
         """Sum up a gradient of k or v over the padded tokens of all windows: (heads * d)."""
-        heads = self.place[-1]
-        return gradient[:, -1].unflatten(0, (-1, heads)).sum(0).flatten() if self.padded else 0.0
+        return gradient[:, -1].unflatten(0, (-1, self.heads)).sum(0).flatten() if self.padded else 0.0
+
+
+@lru_cache(maxsize=None)
+def divide(height: int, width: int, size: int, heads: int) -> tuple[Windows, ...]:
+    """Divide a map into its windows of each extent, all neighbour ones first."""
+    return tuple(
+        Windows(rows, columns, distant, size**2 - rows.tokens * columns.tokens, heads)
+        for distant in ((False,) if is_one_window(height, width, size) else (False, True))
+        for rows, columns in product(spans(height, size, distant), spans(width, size, distant))
+    )
 
 
 def attend(
@@ -141,23 +149,19 @@ def attend(
 def _attend(
     qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
 ) -> Tensor:
-    out = torch.empty_like(v)
-    for part, distant in _parts(qk, v, padding_qk, padding_v, act, size, heads):
-        part.put(part.attention.transpose(1, 2) @ part.v, out, distant)
-    return out.mul_(2) if is_one_window(*v.shape[1:3], size) else out
-
-
-def _parts(
-    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
-) -> Iterator[tuple[_Windows, bool]]:
-    """Gather the windows of one extent after another, all neighbour ones first."""
     height, width = v.shape[1:3]
-    if height % size or width % size:
-        padding_v = act(padding_v)
-    tensors = qk, act(v), padding_qk, padding_v
-    for distant in (False,) if is_one_window(height, width, size) else (False, True):
-        for rows, columns in product(spans(height, size, distant), spans(width, size, distant)):
-            yield _Windows(*tensors, rows, columns, size, heads), distant
+    out = torch.empty_like(v)
+    v, padding_v = _activate(v, padding_v, act, size)
+    for windows in divide(height, width, size, heads):
+        # what is gathered goes at once: a map more in the cache costs more than the calls here
+        attention = windows.attention(*windows.gather(qk, padding_qk, 2)).to(v.dtype)
+        windows.put(torch.bmm(attention.transpose(1, 2), *windows.gather(v, padding_v)), out)
+    return out.mul_(2) if is_one_window(height, width, size) else out
+
+
+def _activate(v: Tensor, padding_v: Tensor, act: nn.Module, size: int) -> tuple[Tensor, Tensor]:
+    is_padded = v.shape[1] % size or v.shape[2] % size
+    return act(v), act(padding_v) if is_padded else padding_v
 
 
 class _Attend(torch.autograd.Function):
@@ -180,7 +184,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qk, v, padding_qk, padding_v = ctx.saved_tensors
-        _, size, _ = ctx.setting
+        act, size, heads = ctx.setting
         grad_qk, grad_v = torch.empty_like(qk), torch.empty_like(v)
         grad_q, grad_k = grad_qk.chunk(2, dim=-1)
         grad_padding_qk, grad_padding_v = torch.zeros_like(padding_qk), torch.zeros_like(padding_v)
@@ -188,18 +192,22 @@ class _Attend(torch.autograd.Function):
         grad = grad.contiguous()
         if is_one_window(*v.shape[1:3], size):
             grad = grad * 2
-        for part, distant in _parts(qk, v, padding_qk, padding_v, *ctx.setting):
-            g = windows(grad, *part.place).reshape(-1, part.tokens, part.v.shape[-1])
-            g_v = part.attention @ g
-            g_attention = part.v @ g.transpose(1, 2)
-            g_logits = torch.ops.aten._softmax_backward_data(g_attention, part.attention, 1, v.dtype)
-            g_logits.mul_(part.scale)
-            g_k = g_logits @ part.q
-            part.put(g_logits.transpose(1, 2) @ part.k, grad_q, distant)
-            part.put(g_k, grad_k, distant)
-            part.put(g_v, grad_v, distant)
-            grad_padding_k += part.padding(g_k)
-            grad_padding_v += part.padding(g_v)
+        activated, padding = _activate(v, padding_v, act, size)
+        for windows in divide(*v.shape[1:3], size, heads):
+            q, k = windows.gather(qk, padding_qk, 2)
+            (values,) = windows.gather(activated, padding)
+            attention = windows.attention(q, k).to(v.dtype)
+            g = windows.view(grad).reshape(-1, attention.shape[-1], values.shape[-1])
+            g_v = attention @ g
+            g_attention = values @ g.transpose(1, 2)
+            g_logits = torch.ops.aten._softmax_backward_data(g_attention, attention, 1, v.dtype)
+            g_logits.mul_(q.shape[-1] ** -0.5)
+            g_k = g_logits @ windows.real(q)
+            windows.put(g_logits.transpose(1, 2) @ k, grad_q)
+            windows.put(windows.real(g_k), grad_k)
+            windows.put(windows.real(g_v), grad_v)
+            grad_padding_k += windows.padding(g_k)
+            grad_padding_v += windows.padding(g_v)
         grad_v = torch.ops.aten.gelu_backward(grad_v, v)
         grad_padding_v = torch.ops.aten.gelu_backward(grad_padding_v, padding_v)
         return grad_qk, grad_v, grad_padding_qk, grad_padding_v, None, None, None
