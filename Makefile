@@ -44,10 +44,9 @@ lint: env
 	@if [ -e .git ]; then pre-commit run --all-files; \
 	else ruff check && ruff format --check && codespell; fi
 
-# Two processes of one thread each: the tests are many and small.
 JOBS ?= 2
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(SLOW),,-m 'not slow') $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(if $(SLOW),,-m 'not slow') $(ARGS)
 	@echo "make test: lint is clean, all $(if $(SLOW),,fast )tests pass."
 
 test-all: SLOW = 1

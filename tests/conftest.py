@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
-from mmengine.registry import DefaultScope
 
-from emo2_mm import depthwise
+# Two processes of one thread each, for tests are many and small. Moreover, one that has computed with several
+# threads hangs when it is forked, as tools/benchmark.py does. Read when torch is imported.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+from mmengine.registry import DefaultScope  # noqa: E402
+
+from emo2_mm import depthwise  # noqa: E402
 
 INTERVAL = 20  # seconds between two messages
 

@@ -162,7 +162,7 @@ class TestMeasuring:
         monkeypatch.setattr(measuring.time, 'perf_counter', lambda: next(clock))
         runs = [lambda: calls.append('a'), lambda: [calls.append('b'), next(clock)]]
         rounds = list(measuring.in_turns(runs, 'cpu', 3))
-        assert ''.join(calls[4:]) == 'abbaab'  # after warming up
+        assert ''.join(calls[4:]) == 'aabbbbaaaabb'  # each once untimed, once timed
         assert rounds == [[1, 2]] * 3
 
     def test_rounds_follow_from_the_time_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # or torch's profiler tells each
 
 Run = Callable[[], Any]
 
-SECONDS = {'cpu': 10.0, 'cuda': 3.0}  # spent on one comparison where no number of rounds is given
+SECONDS = {'cpu': 20.0, 'cuda': 6.0}  # spent on one comparison where no number of rounds is given
 
 
 def wait(device: str) -> None:
@@ -37,8 +37,11 @@ def seconds(run: Run, device: str) -> float:
 def in_turns(runs: Sequence[Run], device: str, rounds: int | None = None) -> Iterator[list[float]]:
     """Time several things in turns (A B B A A B ...), so that a busy machine is busy for all of them.
 
+    Each runs once untimed before it is timed, and so finds the heap and the caches as it leaves them itself:
+    after something that gives its memory back to the system, anything needs fresh pages.
+
     Args:
-        runs: What is timed. Each runs twice before, to warm up.
+        runs: What is timed.
         device: 'cpu' or 'cuda'.
         rounds: Number of rounds. Defaults to as many as fit ``SECONDS``, but from 6 to 60.
 
@@ -51,9 +54,12 @@ def in_turns(runs: Sequence[Run], device: str, rounds: int | None = None) -> Ite
     gc.collect()
     gc.disable()
     try:
-        for i in range(rounds or max(6, min(60, int(SECONDS[device] / once)))):
+        for i in range(rounds or max(6, min(60, int(SECONDS[device] / (2 * once))))):
             order = range(len(runs)) if i % 2 == 0 else reversed(range(len(runs)))
-            took = {j: seconds(runs[j], device) for j in order}
+            took = {}
+            for j in order:
+                runs[j]()
+                took[j] = seconds(runs[j], device)
             yield [took[j] for j in range(len(runs))]
     finally:
         gc.enable()
