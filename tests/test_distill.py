@@ -480,8 +480,10 @@ class TestOnDigits:
             images.append(image.round().astype(np.uint8))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(split['labels'])
 
-    def fit(self, model: torch.nn.Module, data: tuple[Tensor, Tensor], steps: int, rate: float) -> None:
-        torch.manual_seed(0)
+    def fit(
+        self, model: torch.nn.Module, data: tuple[Tensor, Tensor], steps: int, rate: float, seed: int = 0
+    ) -> None:
+        torch.manual_seed(seed)
         optimizer = dict(type='AdamW', lr=rate, weight_decay=0.05)
         wrapper = build_optim_wrapper(model, dict(optimizer=optimizer, clip_grad=dict(max_norm=5.0)))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -526,7 +528,7 @@ class TestOnDigits:
         self.fit(network, train, steps=150, rate=4e-3)
         torch.save(network.state_dict(), tmp_path / 'teacher.pth')
 
-        losses = {}
+        losses: dict[str, list[float]] = {}
         student = Config.fromfile(ROOT / 'configs/demo/emo2_1m_digits.py').model
         student.data_preprocessor = self.PREPROCESSOR
         distilled = dict(
@@ -535,12 +537,14 @@ class TestOnDigits:
             teacher_size=self.SIDE,
         )
         for name, changes in (('alone', {}), ('taught', distilled)):
-            torch.manual_seed(0)
-            model = MODELS.build(dict(deepcopy(student), **deepcopy(changes)))
-            model.init_weights()
-            self.fit(model, train, steps=240, rate=2e-3)
-            losses[name] = self.held_out_loss(model, val)
-        # measured: 0.178 alone, 0.140 taught, the teacher itself 0.073; with other seeds 0.204 and 0.104,
-        # 0.196 and 0.147, 0.208 and 0.145; chance is 2.3
-        assert losses['alone'] < 0.5
-        assert losses['taught'] < 0.9 * losses['alone']
+            losses[name] = []
+            for seed in (0, 1, 2):
+                torch.manual_seed(seed)
+                model = MODELS.build(dict(deepcopy(student), **deepcopy(changes)))
+                model.init_weights()
+                self.fit(model, train, steps=240, rate=2e-3, seed=seed)
+                losses[name].append(self.held_out_loss(model, val))
+        # measured: 0.172, 0.238, 0.238 alone; 0.177, 0.133, 0.155 taught; the teacher itself 0.073
+        # One seed alone tells little: rounding that differs moves a loss by 0.03.
+        assert max(losses['alone']) < 0.5
+        assert sum(losses['taught']) < 0.9 * sum(losses['alone'])
