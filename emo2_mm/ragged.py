@@ -30,7 +30,6 @@ class Span(NamedTuple):
     token_step: int
 
 
-@lru_cache(maxsize=None)
 def spans(length: int, size: int, distant: bool) -> tuple[Span, ...]:
     """Divide an axis into windows of at most ``size`` tokens, adjacent or (``distant``) strided ones."""
     if distant:
