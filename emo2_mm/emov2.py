@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Iterator, Sequence
@@ -20,6 +19,7 @@ from .deploy import fold_following_norm, fold_preceding_norm
 from .depthwise import DepthwiseConv2d, can_mix_and_project, convolve_and_normalise, mix_and_project
 from .inference import SiLU, add, by_strips
 from .modes import depends_on_batch, is_hooked, trains_on_cpu
+from .packed import linear, pack
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -84,6 +84,18 @@ class DropPath(nn.Module):
         return x * mask.div_(keep)
 
 
+class LinearAct(nn.Module):
+    """A linear layer and its activation, on the channels of a (B, H, W, C) map."""
+
+    def __init__(self, in_channels: int, out_channels: int, act: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self.linear, x, self.act)
+
+
 class I2RMB(nn.Module):
     """Improved inverted residual mobile block (paper section 3.3).
 
@@ -130,8 +142,7 @@ class I2RMB(nn.Module):
         if attends and self.residual:
             self.expand = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
         else:
-            linear = nn.Linear(in_channels, mid_channels)
-            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else SiLU()))
+            self.expand = LinearAct(in_channels, mid_channels, nn.GELU() if attends else SiLU())
         self.depthwise = DepthwiseConv2d(mid_channels, 5, stride)
         self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
         self.depthwise_act = SiLU()
@@ -159,7 +170,7 @@ class I2RMB(nn.Module):
         else:
             y = self.expand(y)
             local = channels_first(self.spatial, y)
-            y = self.project(add(local, y) if self.residual else local)
+            y = linear(self.project, add(local, y) if self.residual else local)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,6 +194,9 @@ class I2RMB(nn.Module):
             self.norm = nn.Identity()
         self.project.weight.data.mul_(self.layer_scale.data[:, None])
         self.layer_scale = None
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                pack(module)
 
 
 @contextmanager

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)  # torch 2.1 has the latter
+# The second of each is torch 2.1's
+_is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)
+if hasattr(torch.amp, 'is_autocast_available'):
+    _autocasts_on_cpu = partial(torch.is_autocast_enabled, 'cpu')
+else:
+    _autocasts_on_cpu = torch.is_autocast_cpu_enabled
 
 
 def is_traced() -> bool:
@@ -25,6 +32,14 @@ def is_hooked(*modules: nn.Module) -> bool:
         for m in modules
         if m is not None
     )
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether something stands between ``x`` and torch's operators that may not know the private ones.
+
+    Such as a counter of operations, autocast, or a tensor that only has a shape.
+    """
+    return type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or _autocasts_on_cpu()
 
 
 def runs_on_cpu(x: Tensor) -> bool:

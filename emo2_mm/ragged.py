@@ -13,7 +13,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
@@ -124,33 +125,22 @@ def divide(height: int, width: int, size: int, heads: int) -> tuple[Windows, ...
     )
 
 
-def attend(
-    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
-) -> Tensor:
+def attend(qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, size: int, heads: int) -> Tensor:
     """Attend in neighbour and in distant windows, and add the two.
 
     Args:
         qk: q and k in one map of shape (B, H, W, 2 * heads * d).
-        v: v before its activation, of shape (B, H, W, heads * e).
+        v: Map of shape (B, H, W, heads * e).
         padding_qk: What a padded token has in ``qk``, of shape (2 * heads * d).
         padding_v: What it has in ``v``, of shape (heads * e).
-        act: The activation of v: GELU.
         size: Side of a window, in tokens.
         heads: Number of attention heads.
 
     Returns:
         Map of the shape of ``v``.
     """
-    function = _Attend.apply if torch.is_grad_enabled() else _attend
-    return function(qk, v, padding_qk, padding_v, act, size, heads)
-
-
-def _attend(
-    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, act: nn.Module, size: int, heads: int
-) -> Tensor:
     height, width = v.shape[1:3]
     out = torch.empty_like(v)
-    v, padding_v = _activate(v, padding_v, act, size)
     for windows in divide(height, width, size, heads):
         # what is gathered goes at once: a map more in the cache costs more than the calls here
         attention = windows.attention(*windows.gather(qk, padding_qk, 2)).to(v.dtype)
@@ -158,9 +148,11 @@ def _attend(
     return out.mul_(2) if is_one_window(height, width, size) else out
 
 
-def _activate(v: Tensor, padding_v: Tensor, act: nn.Module, size: int) -> tuple[Tensor, Tensor]:
-    is_padded = v.shape[1] % size or v.shape[2] % size
-    return act(v), act(padding_v) if is_padded else padding_v
+def attend_with_gradients(
+    qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, size: int, heads: int
+) -> Tensor:
+    """Apply GELU to ``v`` and ``padding_v``, and :func:`attend`: nothing but the arguments is kept for later."""
+    return _Attend.apply(qk, v, padding_qk, padding_v, size, heads)
 
 
 class _Attend(torch.autograd.Function):
@@ -171,19 +163,18 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         padding_qk: Tensor,
         padding_v: Tensor,
-        act: nn.Module,
         size: int,
         heads: int,
     ) -> Tensor:
         ctx.save_for_backward(qk, v, padding_qk, padding_v)
-        ctx.setting = act, size, heads
-        return _attend(qk, v, padding_qk, padding_v, *ctx.setting)
+        ctx.setting = size, heads
+        return attend(qk, F.gelu(v), padding_qk, F.gelu(padding_v), size, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qk, v, padding_qk, padding_v = ctx.saved_tensors
-        act, size, heads = ctx.setting
+        size, heads = ctx.setting
         grad_qk, grad_v = torch.empty_like(qk), torch.empty_like(v)
         grad_q, grad_k = grad_qk.chunk(2, dim=-1)
         grad_padding_qk, grad_padding_v = torch.zeros_like(padding_qk), torch.zeros_like(padding_v)
@@ -191,7 +182,7 @@ class _Attend(torch.autograd.Function):
         grad = grad.contiguous()
         if is_one_window(*v.shape[1:3], size):
             grad = grad * 2
-        activated, padding = _activate(v, padding_v, act, size)
+        activated, padding = F.gelu(v), F.gelu(padding_v)
         for windows in divide(*v.shape[1:3], size, heads):
             q, k = windows.gather(qk, padding_qk, 2)
             (values,) = windows.gather(activated, padding)
@@ -209,4 +200,4 @@ class _Attend(torch.autograd.Function):
             grad_padding_v += windows.padding(g_v)
         grad_v = torch.ops.aten.gelu_backward(grad_v, v)
         grad_padding_v = torch.ops.aten.gelu_backward(grad_padding_v, padding_v)
-        return grad_qk, grad_v, grad_padding_qk, grad_padding_v, None, None, None
+        return grad_qk, grad_v, grad_padding_qk, grad_padding_v, None, None
