@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .modes import is_hooked, runs_on_cpu
-from .packed import is_gelu, linear
-from .ragged import attend, attend_with_gradients
+from .ragged import activate_and_attend
 
 
 def split_windows(x: Tensor, size: int, heads: int) -> Tensor:
@@ -80,13 +79,10 @@ class SEWMHSA(nn.Module):
         """Map (B, H, W, channels) to (B, H, W, expanded_channels)."""
         _, h, w, _ = x.shape
         size, heads = self.window_size, self.heads
-        own = is_gelu(self.act) and type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
+        gelu = type(self.act) is nn.GELU and self.act.approximate == 'none'
+        own = gelu and type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
         if own and runs_on_cpu(x) and not is_hooked(*self._modules.values()):
-            if torch.is_grad_enabled():
-                padding = self.qk.bias, self.v.bias
-                return attend_with_gradients(self.qk(x), self.v(x), *padding, size, heads)
-            padding = self.qk.bias, self.act(self.v.bias)
-            return attend(linear(self.qk, x), linear(self.v, x, self.act), *padding, size, heads)
+            return activate_and_attend(self.qk(x), self.v(x), self.qk.bias, self.v.bias, size, heads)
 
         x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
         n1, n2 = x.shape[1] // size, x.shape[2] // size

@@ -9,12 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .deploy import with_following_norm
-from .inference import SiLU
-from .modes import depends_on_batch, infers_on_cpu, is_hooked, normalises_alone, trains_on_cpu
-
-FOLDS_FROM = 1 << 19  # numbers in a map: over a smaller one the norm's own pass costs less than folding it
-
+from .inplace import SiLU
+from .modes import normalises_alone, trains_on_cpu
 
 class DepthwiseConv2d(nn.Conv2d):
     """Depth-wise convolution with an odd kernel, "same" padding and no bias.
@@ -45,19 +41,6 @@ class DepthwiseConv2d(nn.Conv2d):
         if trains_on_cpu(x) and self.bias is None:  # deployed, it has one
             return _ForwardKernelsOnly.apply(x, self.weight, self.stride[0])
         return super().forward(x)
-
-
-def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether the two compute what their weights say: no adapter, no hook, no statistics of the batch."""
-    own = type(conv) in (nn.Conv2d, DepthwiseConv2d) and normalises_alone(norm)
-    return own and not depends_on_batch(norm) and not is_hooked(conv, norm)
-
-
-def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Compute ``norm(conv(x))`` of a (B, C, H, W) map; for a large one, inference on a CPU folds the norm."""
-    if infers_on_cpu(x) and x.numel() >= FOLDS_FROM and can_fold(conv, norm):
-        return conv._conv_forward(x, *with_following_norm(conv, norm))
-    return norm(conv(x))
 
 
 def depthwise_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Iterator, Sequence
@@ -16,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from .attention import SEWMHSA
 from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
-from .depthwise import DepthwiseConv2d, can_mix_and_project, convolve_and_normalise, mix_and_project
-from .inference import SiLU, add, by_strips
-from .modes import depends_on_batch, is_hooked, trains_on_cpu
-from .packed import linear, pack
+from .depthwise import DepthwiseConv2d, can_mix_and_project, mix_and_project
+from .inference import infer, is_as_built, structure
+from .inplace import SiLU, add
+from .modes import infers_on_cpu, is_hooked, trains_on_cpu
+from .packed import pack
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -64,8 +66,8 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the map."""
-        x = self.act(convolve_and_normalise(x, self.conv, self.norm))
-        x = self.depthwise_act(convolve_and_normalise(x, self.depthwise, self.depthwise_norm))
+        x = self.act(self.norm(self.conv(x)))
+        x = self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
         return self.project(x)
 
 
@@ -82,18 +84,6 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)
         return x * mask.div_(keep)
-
-
-class LinearAct(nn.Module):
-    """A linear layer and its activation, on the channels of a (B, H, W, C) map."""
-
-    def __init__(self, in_channels: int, out_channels: int, act: nn.Module) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_channels, out_channels)
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(self.linear, x, self.act)
 
 
 class I2RMB(nn.Module):
@@ -142,7 +132,8 @@ class I2RMB(nn.Module):
         if attends and self.residual:
             self.expand = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
         else:
-            self.expand = LinearAct(in_channels, mid_channels, nn.GELU() if attends else SiLU())
+            linear = nn.Linear(in_channels, mid_channels)
+            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else SiLU()))
         self.depthwise = DepthwiseConv2d(mid_channels, 5, stride)
         self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
         self.depthwise_act = SiLU()
@@ -152,7 +143,7 @@ class I2RMB(nn.Module):
 
     def spatial(self, x: Tensor) -> Tensor:
         """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
-        return self.depthwise_act(convolve_and_normalise(x, self.depthwise, self.depthwise_norm))
+        return self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
 
     def mixes_at_once(self) -> bool:
         """Whether all that follows ``expand`` may be computed together: nothing is exchanged or hooked."""
@@ -170,16 +161,12 @@ class I2RMB(nn.Module):
         else:
             y = self.expand(y)
             local = channels_first(self.spatial, y)
-            y = linear(self.project, add(local, y) if self.residual else local)
+            y = self.project(add(local, y) if self.residual else local)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
-        parts = self._modules.values()
-        if isinstance(self.expand, SEWMHSA) or depends_on_batch(*parts) or is_hooked(*parts):
-            y = self.branch(x)
-        else:
-            y = by_strips(self.branch, x, self.stride, 2, x.shape[2] * self.depthwise.in_channels)
+        y = self.branch(x)
         if not self.residual:
             return y if self.layer_scale is None else y * self.layer_scale
         y = self.drop_path(y)
@@ -339,6 +326,7 @@ class EMOv2(BaseModule):
             width = arch['channels'][i]
         self.norm = nn.LayerNorm(width, EPS) if final_norm else None
         self._freeze()
+        self._structure = structure(self)
 
     @classmethod
     def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
@@ -389,22 +377,22 @@ class EMOv2(BaseModule):
         if x.ndim != 4:
             raise ValueError(f'images have the shape {tuple(x.shape)}; give (B, C, H, W)')
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        if is_hooked(self.stem) or depends_on_batch(self.stem):
-            x = self._stem(x)
-        else:
-            x = by_strips(self._stem, x, 2, 4, x.shape[2] * self.stem.conv.out_channels)
+        infers = infers_on_cpu(x) and is_as_built(self, self._structure)
+        stages = infer(self, x) if infers else self._stages(x)
         outs = []
-        for i, stage in enumerate(self.stages):
-            for block in stage:
-                x = self._recomputed(block, x) if self.with_cp and self.training else block(x)
+        for i, x in enumerate(stages):
             if i in self.out_indices:
                 last = self.norm is not None and i == len(self.stages) - 1
                 out = (self.norm(x) if last else x).permute(0, 3, 1, 2)
                 outs.append(out.contiguous())  # or mmcv's RoIAlign silently reads other numbers
         return tuple(outs)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        return channels_first(self.stem, x)
+    def _stages(self, x: Tensor) -> Iterator[Tensor]:
+        x = channels_first(self.stem, x)
+        for stage in self.stages:
+            for block in stage:
+                x = self._recomputed(block, x) if self.with_cp and self.training else block(x)
+            yield x
 
     @staticmethod
     def _recomputed(block: I2RMB, x: Tensor) -> Tensor:
@@ -474,8 +462,9 @@ class EMOv2(BaseModule):
         expand, project = self.stages[0][0].expand.linear, self.stem.project
         expand.weight.data = expand.weight.data @ project.weight.data[:, :, 0, 0]
         self.stem.project = nn.Identity()
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
         self.deployed = True
+        self._structure = structure(self)
 
     def _freeze(self) -> None:
         if self.frozen_stages >= 0:

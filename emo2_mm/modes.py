@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # The second of each is torch 2.1's
@@ -21,17 +22,26 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or _is_compiling()
 
 
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether hooks watch or change what modules or their parts compute: then each shall be called once."""
-    return any(
+def has_hooks(m: nn.Module) -> bool:
+    """Whether hooks watch or change what a module computes."""
+    return bool(
         m._forward_pre_hooks
         or m._forward_hooks
         or m._backward_pre_hooks
         or m._backward_hooks
-        or is_hooked(*m._modules.values())  # m.modules() takes longer
-        for m in modules
-        if m is not None
+        or 'forward' in m.__dict__  # some libraries put their own there
     )
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether hooks watch or change what modules or their parts compute: then each shall be called once."""
+    # m.modules() takes longer
+    return any(has_hooks(m) or is_hooked(*m._modules.values()) for m in modules if m is not None)
+
+
+def any_module_is_hooked() -> bool:
+    """Whether hooks watch or change what all modules compute, of whatever network."""
+    return bool(module._global_forward_pre_hooks or module._global_forward_hooks)
 
 
 def is_watched(x: Tensor) -> bool:
@@ -60,9 +70,3 @@ def trains_on_cpu(x: Tensor) -> bool:
 def normalises_alone(norm: nn.Module) -> bool:
     """Whether this is a batch norm that does no more, such as asking other processes for their statistics."""
     return isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward
-
-
-def depends_on_batch(*modules: nn.Module) -> bool:
-    """Whether a batch norm in modules asks for the statistics of whole maps."""
-    norms = [part for m in modules for part in m.modules() if isinstance(part, _BatchNorm)]
-    return any(norm.training or norm.running_mean is None for norm in norms)

@@ -1,70 +1,47 @@
-"""Linear layers of a deployed network on a CPU: the order in which oneDNN reads a weight is made once.
+"""Linear layers of a deployed network as oneDNN computes them on a CPU, with weights that are ordered once.
 
-In a usual linear layer each pass orders the weight anew, and writes the bias into the result before the product
-is added to it. Here the product comes with its bias, and with GELU where that follows.
+``torch.nn.functional.linear`` orders a weight anew in each pass, for the cache, and writes the bias into the
+result before it adds the product. Here the product comes with its bias, and with its GELU.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modes import infers_on_cpu, is_hooked, is_watched
-
-# torch's own compiler calls them; not every build of torch has them
-HAS_ONEDNN = hasattr(torch.ops.mkldnn, '_linear_pointwise') and torch.backends.mkldnn.is_available()
+# torch's own compiler calls these operators; not every build of torch has them
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+ROWS = 49  # of a map, that a weight is ordered for: the order for few serves for many, but not the reverse
 
 
 class Packed:
-    """The weight of a linear layer as oneDNN reads it: made when it is asked for, and anew after a change."""
+    """The weight of a linear layer as oneDNN orders it: made when it is asked for, and anew after a change."""
 
     def __init__(self) -> None:
         self.made: tuple[Tensor | None, ...] = (None,) * 4
 
-    def weight_of(self, layer: nn.Linear) -> Tensor:
+    def weight_of(self, layer: nn.Linear) -> Tensor | None:
+        """The weight; None if it is not in float32, or torch does not tell when it changes."""
         weight = layer.weight
+        if weight.dtype != torch.float32 or weight.is_inference():
+            return None
         of, version, address, packed = self.made  # read at once: another thread may write it
         if of is not weight or version != weight._version or address != weight.data_ptr():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
             self.made = weight, weight._version, weight.data_ptr(), packed
         return packed
 
     def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
-        return Packed, ()  # copies and files hold the layer's weight, and make their own of it
+        return Packed, ()  # copies and files hold the layer's own weight
 
 
 def pack(layer: nn.Linear) -> None:
-    """Let :func:`linear` compute this layer with a packed weight from now on; it takes as much memory again."""
+    """Let the weight of this layer be ordered once, which takes as much memory again."""
     layer.packed = Packed()
 
 
-def is_gelu(act: nn.Module) -> bool:
-    """Whether this is the exact GELU."""
-    return type(act) is nn.GELU and act.approximate == 'none'
-
-
-def can_use_packed(layer: nn.Module, x: Tensor) -> bool:
-    """Whether ``layer`` is packed, computes what its weights say, and is asked for that on a CPU in float32."""
-    return (
-        infers_on_cpu(x)
-        and 'packed' in layer.__dict__
-        and HAS_ONEDNN
-        and type(layer) is nn.Linear  # not parametrised
-        and x.dtype == layer.weight.dtype == torch.float32
-        and not layer.weight.is_inference()  # such a tensor does not tell when it changes
-        and not is_watched(x)
-        and not is_hooked(layer)
-    )
-
-
-def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """Compute ``layer(x)`` or, with an activation, ``act(layer(x))``, which may overwrite its input."""
-    if not can_use_packed(layer, x):
-        y = layer(x)
-        return y if act is None else act(y)
-    fused = act is not None and is_gelu(act) and not is_hooked(act)
-    kind = 'gelu' if fused else 'none'
-    weight = layer.packed.weight_of(layer)
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, kind, [], 'none' if fused else '')
-    return y if act is None or fused else act(y)
+def linear(layer: nn.Linear, weight: Tensor, x: Tensor, gelu: bool = False) -> Tensor:
+    """Compute ``layer(x)`` with its packed weight and, if asked for, the exact GELU of it."""
+    bias = None if layer.bias is None else layer.bias.contiguous()  # or oneDNN would read other numbers
+    act, algorithm = ('gelu', 'none') if gelu else ('none', '')
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], algorithm)

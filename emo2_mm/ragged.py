@@ -148,10 +148,10 @@ def attend(qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, size: i
     return out.mul_(2) if is_one_window(height, width, size) else out
 
 
-def attend_with_gradients(
+def activate_and_attend(
     qk: Tensor, v: Tensor, padding_qk: Tensor, padding_v: Tensor, size: int, heads: int
 ) -> Tensor:
-    """Apply GELU to ``v`` and ``padding_v``, and :func:`attend`: nothing but the arguments is kept for later."""
+    """Apply GELU to ``v`` and ``padding_v``, then :func:`attend`; of it all only the arguments are kept."""
     return _Attend.apply(qk, v, padding_qk, padding_v, size, heads)
 
 

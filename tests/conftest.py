@@ -13,7 +13,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 from mmengine.registry import DefaultScope  # noqa: E402
 
-from emo2_mm import depthwise  # noqa: E402
+from emo2_mm import inference  # noqa: E402
 
 INTERVAL = 20  # seconds between two messages
 
@@ -27,7 +27,7 @@ def no_default_scope() -> None:
 @pytest.fixture(autouse=True)
 def no_map_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms are folded as inference goes, as with maps that would take long to test."""
-    monkeypatch.setattr(depthwise, 'FOLDS_FROM', 0)
+    monkeypatch.setattr(inference, 'FOLDS_FROM', 0)
 
 
 class TimeLeft:

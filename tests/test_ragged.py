@@ -10,7 +10,7 @@ from test_attention import naive_attention
 from torch import Tensor
 
 from emo2_mm.attention import SEWMHSA
-from emo2_mm.ragged import attend_with_gradients, spans
+from emo2_mm.ragged import activate_and_attend, spans
 
 SIZES = [(1, 1, 3), (2, 1, 4), (1, 9, 2), (5, 7, 3), (7, 5, 1), (13, 4, 5), (6, 9, 3), (4, 4, 9), (11, 12, 7)]
 
@@ -154,7 +154,7 @@ def test_only_the_map_of_q_k_and_v_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
         qk, v = attention.qk(x), attention.v(x)
         kept.clear()
-        attend_with_gradients(qk, v, attention.qk.bias, attention.v.bias, 4, attention.heads)
+        activate_and_attend(qk, v, attention.qk.bias, attention.v.bias, 4, attention.heads)
     assert kept == [(2, 9, 11, 24), (2, 9, 11, 30), (24,), (30,)]
 
 
