@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .inplace import SiLU
 from .modes import normalises_alone, trains_on_cpu
 
+
 class DepthwiseConv2d(nn.Conv2d):
     """Depth-wise convolution with an odd kernel, "same" padding and no bias.
 

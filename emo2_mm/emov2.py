@@ -18,10 +18,9 @@ from .attention import SEWMHSA
 from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
 from .depthwise import DepthwiseConv2d, can_mix_and_project, mix_and_project
-from .inference import infer, is_as_built, structure
+from .inference import infer, need_not_be_called, parts_of, structure
 from .inplace import SiLU, add
 from .modes import infers_on_cpu, is_hooked, trains_on_cpu
-from .packed import pack
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
@@ -181,9 +180,6 @@ class I2RMB(nn.Module):
             self.norm = nn.Identity()
         self.project.weight.data.mul_(self.layer_scale.data[:, None])
         self.layer_scale = None
-        for module in self.modules():
-            if type(module) is nn.Linear:
-                pack(module)
 
 
 @contextmanager
@@ -326,7 +322,7 @@ class EMOv2(BaseModule):
             width = arch['channels'][i]
         self.norm = nn.LayerNorm(width, EPS) if final_norm else None
         self._freeze()
-        self._structure = structure(self)
+        self._structure = structure(parts_of(self.stem, self.stages))
 
     @classmethod
     def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
@@ -377,7 +373,7 @@ class EMOv2(BaseModule):
         if x.ndim != 4:
             raise ValueError(f'images have the shape {tuple(x.shape)}; give (B, C, H, W)')
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        infers = infers_on_cpu(x) and is_as_built(self, self._structure)
+        infers = infers_on_cpu(x) and need_not_be_called(parts_of(self.stem, self.stages), self._structure)
         stages = infer(self, x) if infers else self._stages(x)
         outs = []
         for i, x in enumerate(stages):
@@ -464,7 +460,7 @@ class EMOv2(BaseModule):
         self.stem.project = nn.Identity()
         self.requires_grad_(False).eval()
         self.deployed = True
-        self._structure = structure(self)
+        self._structure = structure(parts_of(self.stem, self.stages))
 
     def _freeze(self) -> None:
         if self.frozen_stages >= 0:

@@ -1,14 +1,14 @@
 """Inference on a CPU: the same function as the modules', with as little as can be between torch's operators.
 
-Wide maps go by strips that stay in the cache and are overwritten, norms of large maps are folded as it goes, and
-no module is called: one image of 224 x 224 takes some 600 operators, and a twentieth of its time went to what
-stood around them.
+Wide maps go by strips that stay in the cache and are overwritten, and norms of large maps are folded as it
+goes. No module is called: that would be a twentieth of the time of one image of 224 x 224.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Callable, Iterator
+from operator import attrgetter
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,46 +17,54 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import SEWMHSA
 from .deploy import with_following_norm
+from .depthwise import DepthwiseConv2d
 from .modes import any_module_is_hooked, has_hooks, is_watched
-from .packed import HAS_ONEDNN, linear
+from .packed import HAS_ONEDNN, linear, packed_weight
 from .ragged import attend
 
 CACHE = 4 << 20  # bytes of a wide map for each thread: less costs more in halos than it saves
 FOLDS_FROM = 1 << 19  # numbers in a map: over a smaller one the norm's own pass costs less than folding it
 
 
-def parts_of(module: nn.Module) -> list[nn.Module]:
-    """A module's parts, and theirs."""
-    found = []
-    for part in module._modules.values():  # modules() takes five times as long
+def parts_of(*modules: nn.Module) -> list[nn.Module | None]:
+    """Modules and all their parts; ``torch.nn.Module.modules`` takes ten times as long."""
+    parts: list[nn.Module | None] = [*modules]
+    for part in parts:  # grows as it goes
         if part is not None:
-            found.append(part)
-            found += parts_of(part)
-    return found
+            parts += part._modules.values()
+    return parts
+
+
+# What a pass relies on beside the class and the weights
+SETTINGS = {
+    nn.GELU: attrgetter('approximate'),
+    nn.Conv2d: attrgetter('stride', 'padding', 'dilation', 'padding_mode'),
+    DepthwiseConv2d: attrgetter('stride', 'padding', 'dilation', 'padding_mode'),
+}
 
 
 @lru_cache(maxsize=None)
 def kind_of(cls: type) -> type:
-    """A class of modules; all batch norms that, in eval mode, compute what torch's does are of one kind."""
+    """A class of modules; all batch norms that compute what torch's does in eval mode are of one kind."""
     forwards = _BatchNorm.forward, nn.SyncBatchNorm.forward
     return _BatchNorm if issubclass(cls, _BatchNorm) and cls.forward in forwards else cls
 
 
-def structure(module: nn.Module) -> list[type]:
-    """The kinds of a module's parts."""
-    return [kind_of(type(part)) for part in parts_of(module)]
+def structure(parts: Sequence[nn.Module | None]) -> list[Any]:
+    """What parts are and, of some, how they are set."""
+    return [kind_of(type(part)) for part in parts] + [
+        SETTINGS[type(part)](part) for part in parts if type(part) in SETTINGS
+    ]
 
 
-def is_as_built(module: nn.Module, built: list[type]) -> bool:
-    """Whether no part is replaced, hooked, or looks at its batch: then none has to be called."""
-    parts = parts_of(module)
-    kinds = [kind_of(type(part)) for part in parts]
-    if kinds != built or any([part.training for part in parts]):
+def need_not_be_called(parts: Sequence[nn.Module | None], built: list[Any]) -> bool:
+    """Whether parts have the structure that they were built with, are not hooked, and ignore the batch."""
+    if structure(parts) != built or any_module_is_hooked():
         return False
-    if any(map(has_hooks, parts)) or any_module_is_hooked():
-        return False
-    norms = [part for part, kind in zip(parts, kinds) if kind is _BatchNorm]
-    return not any([norm.running_mean is None for norm in norms])
+    for part in parts:
+        if part.training or has_hooks(part):
+            return False
+    return not any(part.running_mean is None for part in parts if isinstance(part, _BatchNorm))
 
 
 def by_strips(
@@ -121,14 +129,14 @@ class Inference:
     """A forward pass of an :class:`emo2_mm.EMOv2` as it was built, or deployed, all in eval mode.
 
     Args:
-        packs: Whether to compute linear layers that are packed with their packed weights.
+        packs: Whether to compute linear layers with packed weights.
     """
 
     def __init__(self, packs: bool) -> None:
         self.packs = packs
 
     def linear(self, x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
-        weight = layer.packed.weight_of(layer) if self.packs else None
+        weight = packed_weight(layer) if self.packs else None
         if weight is not None:
             return linear(layer, weight, x, gelu)
         y = F.linear(x, layer.weight, layer.bias)
@@ -166,7 +174,7 @@ class Inference:
 
 
 def infer(backbone: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Compute the map (B, H, W, C) of each stage of an EMOv2, from an image of shape (B, H, W, in_channels)."""
+    """Compute the maps (B, H, W, C) of an EMOv2's stages from images of shape (B, H, W, in_channels)."""
     run = Inference(packs=backbone.deployed and HAS_ONEDNN and x.dtype == torch.float32 and not is_watched(x))
     stem = backbone.stem
     x = by_strips(partial(run.stem, stem=stem), x, 2, 4, x.shape[2] * stem.conv.out_channels)

@@ -24,13 +24,9 @@ def is_traced() -> bool:
 
 def has_hooks(m: nn.Module) -> bool:
     """Whether hooks watch or change what a module computes."""
-    return bool(
-        m._forward_pre_hooks
-        or m._forward_hooks
-        or m._backward_pre_hooks
-        or m._backward_hooks
-        or 'forward' in m.__dict__  # some libraries put their own there
-    )
+    if m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks:
+        return True
+    return 'forward' in m.__dict__  # some libraries put their own there
 
 
 def is_hooked(*modules: nn.Module) -> bool:

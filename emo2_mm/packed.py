@@ -15,16 +15,13 @@ ROWS = 49  # of a map, that a weight is ordered for: the order for few serves fo
 
 
 class Packed:
-    """The weight of a linear layer as oneDNN orders it: made when it is asked for, and anew after a change."""
+    """The weight of a linear layer as oneDNN orders it: made when asked for, and anew after a change."""
 
     def __init__(self) -> None:
-        self.made: tuple[Tensor | None, ...] = (None,) * 4
+        self.made: tuple[Tensor | int | None, ...] = (None,) * 4
 
-    def weight_of(self, layer: nn.Linear) -> Tensor | None:
-        """The weight; None if it is not in float32, or torch does not tell when it changes."""
+    def weight_of(self, layer: nn.Linear) -> Tensor:
         weight = layer.weight
-        if weight.dtype != torch.float32 or weight.is_inference():
-            return None
         of, version, address, packed = self.made  # read at once: another thread may write it
         if of is not weight or version != weight._version or address != weight.data_ptr():
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
@@ -35,9 +32,16 @@ class Packed:
         return Packed, ()  # copies and files hold the layer's own weight
 
 
-def pack(layer: nn.Linear) -> None:
-    """Let the weight of this layer be ordered once, which takes as much memory again."""
-    layer.packed = Packed()
+def packed_weight(layer: nn.Linear) -> Tensor | None:
+    """The weight of a layer as oneDNN orders it, which is kept beside the layer's own.
+
+    None if it is not in float32, or of those that do not tell when they change: torch's inference tensors.
+    """
+    if layer.weight.dtype != torch.float32 or layer.weight.is_inference():
+        return None
+    if 'packed' not in layer.__dict__:
+        layer.packed = Packed()
+    return layer.packed.weight_of(layer)
 
 
 def linear(layer: nn.Linear, weight: Tensor, x: Tensor, gelu: bool = False) -> Tensor:

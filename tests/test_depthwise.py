@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emo2_mm import depthwise
-from emo2_mm.depthwise import DepthwiseConv2d, convolve_and_normalise, mix_and_project
-from emo2_mm.inference import SiLU
+from emo2_mm.depthwise import DepthwiseConv2d, mix_and_project
+from emo2_mm.inplace import SiLU
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -58,74 +57,6 @@ def test_mixed_precision_gives_gradients_in_the_dtype_of_the_leaves() -> None:
     x2 = x.detach().clone().requires_grad_()
     F.conv2d(x2, conv.weight.detach(), None, 2, 2, groups=8).sum().backward()
     torch.testing.assert_close(x.grad, x2.grad, rtol=2e-2, atol=2e-2)
-
-
-class NormAndReLU(nn.BatchNorm2d):
-    """As timm has it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).relu()
-
-
-class Adapter(nn.Conv2d):
-    """Stands where a convolution stood, and computes something else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class TestConvolveAndNormalise:
-    @staticmethod
-    def norm(kind: type[nn.Module] = nn.BatchNorm2d, **kwargs: Any) -> nn.Module:
-        norm = kind(6, **kwargs).double().eval()
-        for tensor in norm.state_dict().values():
-            if tensor.is_floating_point():
-                nn.init.uniform_(tensor, 0.5, 1.5)
-        return norm
-
-    @staticmethod
-    def calls(conv: nn.Module, norm: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
-        """How often the norm is called for the result of the two, which has to be right."""
-        found, forward = [], norm.forward
-        monkeypatch.setattr(norm, 'forward', lambda y: (found.append(1), forward(y))[1])
-        y = convolve_and_normalise(x, conv, norm)
-        count = len(found)
-        torch.testing.assert_close(y, norm(conv(x)), rtol=1e-12, atol=1e-12)
-        return count
-
-    @pytest.mark.parametrize(
-        'conv',
-        [
-            nn.Conv2d(6, 6, 3, 2, padding=1),
-            nn.Conv2d(6, 6, 3, padding=2, dilation=2, padding_mode='reflect'),
-            DepthwiseConv2d(6, 5),
-        ],
-    )
-    @torch.no_grad()
-    def test_folds_the_norm(self, conv: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-        x = torch.randn(2, 6, 7, 8, dtype=torch.double)
-        assert self.calls(conv.double(), self.norm(), x, monkeypatch) == 0
-
-    @torch.no_grad()
-    def test_of_a_large_map(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Folding costs more than the norm of a small one."""
-        x = torch.randn(2, 6, 7, 8, dtype=torch.double)
-        for large, calls in ((x.numel(), 0), (x.numel() + 1, 1)):
-            monkeypatch.setattr(depthwise, 'FOLDS_FROM', large)
-            assert self.calls(DepthwiseConv2d(6, 5).double(), self.norm(), x, monkeypatch) == calls
-
-    @pytest.mark.parametrize('reason', ['gradients', 'statistics', 'mode', 'kind', 'more', 'adapter', 'hook'])
-    def test_or_calls_it(self, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        torch.manual_seed(0)
-        x = torch.randn(2, 6, 7, 8, dtype=torch.double)
-        conv = (Adapter if reason == 'adapter' else nn.Conv2d)(6, 6, 3, padding=1).double()
-        kinds = {'kind': nn.InstanceNorm2d, 'more': NormAndReLU}
-        norm = self.norm(kinds.get(reason, nn.BatchNorm2d), track_running_stats=reason != 'statistics')
-        norm.train(reason == 'mode')
-        if reason == 'hook':
-            conv.register_forward_hook(lambda m, args, y: 3 * y)
-        with torch.set_grad_enabled(reason == 'gradients'):
-            assert self.calls(conv, norm, x, monkeypatch) == 1
 
 
 def test_a_model_with_gradients_can_be_traced() -> None:

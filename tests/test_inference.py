@@ -1,20 +1,24 @@
-"""What inference on a CPU does in another way: strips of a map, and maps that are overwritten."""
+"""What inference on a CPU does in another way: it calls no modules, takes strips, and overwrites maps."""
 
 from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from functools import partial
 from typing import Any, Callable
 
 import pytest
 import torch
+from mmengine.model import revert_sync_batchnorm
 from test_emov2 import tiny
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from emo2_mm import inference
-from emo2_mm.inference import SiLU, add, by_strips
+from emo2_mm import EMOv2, inference
+from emo2_mm.depthwise import DepthwiseConv2d
+from emo2_mm.inference import Inference, by_strips, convolve
+from emo2_mm.inplace import SiLU, add
 
 
 def cache_of(rows: int, row_numel: int, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,10 +46,11 @@ def parts() -> dict[str, tuple[Callable[[Tensor], Tensor], int, int, int, int]]:
     deployed = deepcopy(model)
     deployed.switch_to_deploy()
     found = {}
+    run = Inference(packs=False)
     for name, m in (('', model), ('deployed ', deployed)):
-        found[f'{name}stem'] = m._stem, 3, 2, 4, 4
-        found[f'{name}first'] = m.stages[0][0].branch, 4, 2, 2, 16
-        found[f'{name}second'] = m.stages[1][1].branch, 12, 1, 2, 30
+        found[f'{name}stem'] = partial(run.stem, stem=m.stem), 3, 2, 4, 4
+        found[f'{name}first'] = partial(run.block, block=m.stages[0][0]), 4, 2, 2, 16
+        found[f'{name}second'] = partial(run.block, block=m.stages[1][1]), 12, 1, 2, 30
     return found
 
 
@@ -96,20 +101,6 @@ class TestStrips:
         by_strips(spy, x, 1, 2, 2)
         assert spy.shapes == [(4, 10)] * 2
 
-    def test_only_where_no_gradient_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        spy, x = Spy(lambda x: x), torch.rand(2, 50, 2, 1)
-        monkeypatch.setattr(inference, 'CACHE', 1)
-        by_strips(spy, x, 1, 2, 2)
-        assert spy.shapes == [(2, 50)]
-        with torch.no_grad():
-            by_strips(spy, x, 1, 2, 2)
-        assert len(spy.shapes) > 2
-        spy.shapes.clear()
-        monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
-        with torch.no_grad():
-            by_strips(spy, x, 1, 2, 2)
-        assert spy.shapes == [(2, 50)]
-
     @pytest.mark.parametrize('size', [(61, 40), (33, 7), (1, 1), (130, 50)])
     @pytest.mark.parametrize('deployed', [False, True])
     @torch.no_grad()
@@ -125,6 +116,164 @@ class TestStrips:
             monkeypatch.setattr(inference, 'CACHE', cache)
             for a, b in zip(model(x), whole):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+class TestConvolve:
+    @staticmethod
+    def norm(**kwargs: Any) -> nn.BatchNorm2d:
+        norm = nn.BatchNorm2d(6, **kwargs).double().eval()
+        for tensor in norm.state_dict().values():
+            if tensor.is_floating_point():
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        return norm
+
+    @pytest.mark.parametrize(
+        'conv',
+        [
+            nn.Conv2d(6, 6, 3, 2, padding=1),
+            nn.Conv2d(6, 6, 3, padding=2, dilation=2, padding_mode='reflect'),
+            DepthwiseConv2d(6, 5),
+        ],
+        ids=['strided', 'dilated', 'depthwise'],
+    )
+    @pytest.mark.parametrize('norm', ['affine', 'plain', 'none'])
+    @pytest.mark.parametrize('large', [0, 1 << 40])
+    @torch.no_grad()
+    def test_equals_one_after_the_other(
+        self, large: int, norm: str, conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        monkeypatch.setattr(inference, 'FOLDS_FROM', large)
+        norm = nn.Identity() if norm == 'none' else self.norm(affine=norm == 'affine')
+        x = torch.randn(2, 7, 8, 6, dtype=torch.double)
+        before, y = x.clone(), convolve(x, conv.double(), norm)
+        expected = nn.functional.silu(norm(conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(x, before)
+
+    @torch.no_grad()
+    def test_folds_the_norm_of_a_large_map(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Folding costs more than the norm of a small one."""
+        x, folded, fold = torch.randn(2, 7, 8, 6, dtype=torch.double), [], inference.with_following_norm
+        monkeypatch.setattr(inference, 'with_following_norm', lambda *a: (folded.append(1), fold(*a))[1])
+        for large, calls in ((x.numel() + 1, 0), (x.numel(), 1)):
+            monkeypatch.setattr(inference, 'FOLDS_FROM', large)
+            convolve(x, DepthwiseConv2d(6, 5).double(), self.norm())
+            assert len(folded) == calls
+
+
+class Doubled(nn.Conv2d):
+    """Stands where a convolution stood, and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__(30, 30, 5, padding=2, groups=30, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def replace(model: EMOv2, name: str, part: nn.Module) -> None:
+    """Put ``part`` in the place of another, with its weights."""
+    parent, _, child = name.rpartition('.')
+    part.load_state_dict(model.get_submodule(name).state_dict())
+    setattr(model.get_submodule(parent), name.split('.')[-1], part.double().eval())
+
+
+def set_own_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+
+
+def dilate(block: nn.Module) -> None:
+    """As segmentors do to see more at a higher resolution."""
+    block.depthwise.dilation, block.depthwise.padding = (2, 2), (4, 4)
+
+
+def forget_statistics(norm: nn.Module) -> None:
+    norm.running_mean = norm.running_var = None
+
+
+BLOCK, ATTENTION = 'stages.1.1', 'stages.2.1.expand'
+# What is changed, and whether the modules have to be called for it
+CHANGES: dict[str, tuple[Callable[[EMOv2], Any], bool]] = {
+    'nothing': (lambda m: None, False),
+    'weights': (lambda m: m.stages[2][1].project.weight.mul_(2), False),
+    'a hook': (lambda m: m.stages[1][1].depthwise.register_forward_hook(lambda m, a, y: 2 * y), True),
+    'a hook before': (lambda m: m.stages[3].register_forward_pre_hook(lambda m, a: None), True),
+    'a forward function': (lambda m: set_own_forward(m.get_submodule(ATTENTION)), True),
+    'a convolution': (
+        lambda m: replace(m, f'{BLOCK}.depthwise', Doubled()),
+        True,
+    ),
+    'an activation': (lambda m: replace(m, f'{BLOCK}.depthwise_act', nn.GELU()), True),
+    'GELU': (lambda m: setattr(m.get_submodule(ATTENTION).act, 'approximate', 'tanh'), True),
+    'another norm': (lambda m: replace(m, f'{BLOCK}.depthwise_norm', NormAndReLU(30)), True),
+    'SyncBN': (lambda m: replace(m, f'{BLOCK}.depthwise_norm', nn.SyncBatchNorm(30, eps=1e-6)), False),
+    'dilation': (lambda m: dilate(m.stages[1][1]), True),
+    'the mode of a norm': (lambda m: m.stages[1][1].depthwise_norm.train(), True),
+    'statistics': (lambda m: forget_statistics(m.stages[1][1].norm), True),
+    'a block': (lambda m: m.stages[1].append(nn.Tanh()), True),
+    'no activation': (lambda m: setattr(m.stages[2][0].expand, 'act', nn.Identity()), True),
+}
+
+
+class TestModulesThatAreNotCalled:
+    @pytest.mark.parametrize('change', CHANGES)
+    @torch.no_grad()
+    def test_change(self, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It counts, whichever way it is computed."""
+        model, x = tiny().double().eval(), torch.rand(2, 3, 50, 41, dtype=torch.double)
+        function, needs_calls = CHANGES[change]
+        before, used, infer = model(x), [], inference.infer
+        monkeypatch.setattr('emo2_mm.emov2.infer', lambda *a: (used.append(1), infer(*a))[1])
+        function(model)
+        twin = deepcopy(model)
+        maps = model(x)
+        assert bool(used) != needs_calls
+        monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
+        for a, b in zip(maps, twin(x)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        same = all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(maps, before))
+        assert same == (change in ('nothing', 'a hook before', 'SyncBN'))
+
+    @torch.no_grad()
+    def test_hooks_of_all_modules_are_called(self) -> None:
+        model, called = tiny().eval(), []
+        handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: called.append(m))
+        try:
+            model(torch.rand(1, 3, 32, 32))
+        finally:
+            handle.remove()
+        assert model.stages[2][1].expand.qk in called
+
+    @torch.no_grad()
+    def test_of_a_subclass_with_parts_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Own(EMOv2):
+            def __init__(self) -> None:
+                super().__init__('1m')
+                self.more = nn.Linear(2, 2)
+
+        used, infer = [], inference.infer
+        monkeypatch.setattr('emo2_mm.emov2.infer', lambda *a: (used.append(1), infer(*a))[1])
+        Own().eval()(torch.rand(1, 3, 32, 32))
+        assert used
+
+    @torch.no_grad()
+    def test_norms_that_mmengine_reverts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As inference of segmentors on a CPU does."""
+        model, x = tiny(norm_cfg=dict(type='SyncBN')).eval(), torch.rand(1, 3, 32, 32)
+        expected, used, infer = model(x), [], inference.infer
+        monkeypatch.setattr('emo2_mm.emov2.infer', lambda *a: (used.append(1), infer(*a))[1])
+        for a, b in zip(revert_sync_batchnorm(model)(x), expected):
+            torch.testing.assert_close(a, b)
+        assert used
 
 
 class TestStatisticsOfTheBatch:
