@@ -18,7 +18,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # or torch's profiler tells each
 
 Run = Callable[[], Any]
 
-SECONDS = {'cpu': 20.0, 'cuda': 6.0}  # spent on one comparison where no number of rounds is given
+SECONDS = {'cpu': 8.0, 'cuda': 6.0}  # spent on one comparison where no number of rounds is given
 
 
 def wait(device: str) -> None:
