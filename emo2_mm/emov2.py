@@ -380,7 +380,10 @@ class EMOv2(BaseModule):
             if i in self.out_indices:
                 last = self.norm is not None and i == len(self.stages) - 1
                 out = (self.norm(x) if last else x).permute(0, 3, 1, 2)
-                outs.append(out.contiguous())  # or mmcv's RoIAlign silently reads other numbers
+                out = out.contiguous()  # or mmcv's RoIAlign silently reads other numbers
+                if infers and out.is_inference() and not torch.is_inference_mode_enabled():
+                    out = out.clone()  # or what follows could not train
+                outs.append(out)
         return tuple(outs)
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
@@ -440,7 +443,8 @@ class EMOv2(BaseModule):
         """Fold batch norms, layer scale and the stem's last layer into weights next to them, in place.
 
         The outputs stay the same within rounding. There is no way back: the state dict changes, and the
-        backbone no longer trains. A second call does nothing.
+        backbone no longer trains. A second call does nothing. On a CPU a copy of the linear layers' weights,
+        in oneDNN's order, is then kept: it follows any change but one in place through ``.data``.
 
         Raises:
             RuntimeError: If the backbone is in training mode, or a batch norm has no running statistics.

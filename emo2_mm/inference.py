@@ -6,6 +6,7 @@ goes. No module is called: that would be a twentieth of the time of one image of
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any, Callable, Iterator, Sequence
@@ -110,6 +111,7 @@ def normalise(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def batch_norm(x: Tensor, norm: _BatchNorm) -> Tensor:
+    """Compute a batch norm of a (B, C, H, W) map in eval mode."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
@@ -172,17 +174,26 @@ class Inference:
             return y.add_(x) if block.residual else y
         return torch.addcmul(x, y, block.layer_scale) if block.residual else y * block.layer_scale
 
+    def in_strips(self, x: Tensor, block: nn.Module) -> Tensor:
+        if isinstance(block.expand, SEWMHSA):  # looks at the whole map
+            return self.block(x, block)
+        row_numel = x.shape[2] * block.depthwise.in_channels
+        return by_strips(partial(self.block, block=block), x, block.stride, 2, row_numel)
+
 
 def infer(backbone: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Compute the maps (B, H, W, C) of an EMOv2's stages from images of shape (B, H, W, in_channels)."""
-    run = Inference(packs=backbone.deployed and HAS_ONEDNN and x.dtype == torch.float32 and not is_watched(x))
+    """Compute the maps (B, H, W, C) of an EMOv2's stages from images of shape (B, H, W, in_channels).
+
+    They are inference tensors, with which torch does less, unless operations are counted or the like.
+    """
+    watched = is_watched(x)
+    run = Inference(packs=backbone.deployed and HAS_ONEDNN and x.dtype == torch.float32 and not watched)
+    mode = nullcontext if watched else torch.inference_mode
     stem = backbone.stem
-    x = by_strips(partial(run.stem, stem=stem), x, 2, 4, x.shape[2] * stem.conv.out_channels)
+    with mode():
+        x = by_strips(partial(run.stem, stem=stem), x, 2, 4, x.shape[2] * stem.conv.out_channels)
     for stage in backbone.stages:
-        for block in stage:
-            if isinstance(block.expand, SEWMHSA):
-                x = run.block(x, block)
-            else:
-                row_numel = x.shape[2] * block.depthwise.in_channels
-                x = by_strips(partial(run.block, block=block), x, block.stride, 2, row_numel)
+        with mode():  # not around a yield, or it would hold elsewhere, too
+            for block in stage:
+                x = run.in_strips(x, block)
         yield x

@@ -43,9 +43,10 @@ def any_module_is_hooked() -> bool:
 def is_watched(x: Tensor) -> bool:
     """Whether something stands between ``x`` and torch's operators that may not know the private ones.
 
-    Such as a counter of operations, autocast, or a tensor that only has a shape.
+    Such as a counter of operations, autocast, a transform of torch.func, or a tensor that only has a shape.
     """
-    return type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or _autocasts_on_cpu()
+    records = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return records or type(x) is not Tensor or _autocasts_on_cpu()
 
 
 def runs_on_cpu(x: Tensor) -> bool:

@@ -450,6 +450,20 @@ class TestModule:
         for i, name in ((0, 'stages.0.0'), (1, 'stages.1.1'), (3, 'stages.3.1')):
             assert torch.equal(seen[name][0].permute(0, 3, 1, 2), maps[i])
 
+    @pytest.mark.parametrize('final_norm', [False, True])
+    @pytest.mark.parametrize('size', [(1, 1), (33, 40)])
+    def test_what_follows_may_train(self, size: tuple[int, int], final_norm: bool) -> None:
+        """On maps of a backbone that does not: they are no inference tensors, which refuse that."""
+        model = tiny(final_norm=final_norm).eval()
+        with torch.no_grad():
+            maps = model(torch.rand(2, 3, *size))
+        head = nn.Conv2d(24, 2, 1)
+        head(maps[-1]).square().sum().backward()
+        assert head.weight.grad.any()
+        assert not any(m.is_inference() for m in maps)
+        with torch.inference_mode():
+            assert all(m.is_inference() for m in model(torch.rand(2, 3, *size)))
+
     def test_gradients_of_a_batch_without_images(self) -> None:
         model = tiny(norm_eval=True).train()
         sum(m.sum() for m in model(torch.rand(0, 3, 32, 32))).backward()
