@@ -80,6 +80,9 @@ CHANGES: dict[str, Callable[[nn.Linear, nn.Linear], None]] = {
     'in place': lambda own, other: own.weight.copy_(other.weight),
     'load_state_dict': lambda own, other: own.load_state_dict(other.state_dict()),
     'data': lambda own, other: setattr(own.weight, 'data', other.weight.clone()),
+    'the same memory in another order': lambda own, other: setattr(
+        own, 'weight', nn.Parameter(own.weight.detach().view(11, 21).t())
+    ),
     'another parameter': lambda own, other: setattr(own, 'weight', nn.Parameter(other.weight.clone())),
 }
 
