@@ -19,21 +19,19 @@ from statistics import median, quantiles
 from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
+from measuring import operators, peak_bytes, saved_bytes
+from plain_emov2 import PlainEMOv2, copy_weights
+from report import draw, one_line, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
-
-from benchmark_report import draw, one_line, tables  # noqa: E402
-from get_flops import analyzer, count_params  # noqa: E402
-from measuring import in_turns, operators, peak_bytes, saved_bytes  # noqa: E402
-from onnx_emov2 import import_onnx, replace, session, trace  # noqa: E402
-from plain_emov2 import PlainEMOv2, copy_weights  # noqa: E402
-
-import emo2_mm  # noqa: E402
-from emo2_mm import EMOv2  # noqa: E402
+import emo2_mm
+from emo2_mm import EMOv2
+from emo2_mm.analysis.complexity import analyzer, count_params
+from emo2_mm.analysis.timing import interleaved
+from emo2_mm.export.onnx_network import import_onnx, replace, session, trace
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Largest relative errors allowed. In training, batch statistics amplify rounding; the narrow types round at
@@ -237,7 +235,7 @@ def measure(case: Case, arch: str | dict, device: str, rounds: int | None) -> di
             model.zero_grad(set_to_none=True)
         result['saved'] = [saved_bytes(lambda m=m: forward(m, x, case), m) for m in (plain, emo2)]
         return dict(result, **summary([[peak_bytes(run, device) for run in runs]], 'bytes'))
-    return dict(result, **summary(list(in_turns(runs, device, rounds)), 'seconds'))
+    return dict(result, **summary(list(interleaved(runs, device, rounds)), 'seconds'))
 
 
 def summary(pairs: list[list[float]], unit: str) -> dict[str, Any]:
@@ -263,7 +261,7 @@ def measure_side(side: int, arch: str, device: str, rounds: int | None) -> dict[
     deployed = build(Case('deployed', 1, side, side, 7), arch, device)[1]
     networks = dict(plain=plain, eager=eager, deployed=deployed)
     runs = [lambda m=m: step(m, x, Case('eager', 1, side, side, 7)) for m in networks.values()]
-    times = zip(*in_turns(runs, device, rounds))
+    times = zip(*interleaved(runs, device, rounds))
     rows = {n: dict(seconds=median(t), bytes=peak_bytes(r, device)) for n, r, t in zip(networks, runs, times)}
     return dict(side=side, megapixels=side**2 / 1e6, **rows)
 
@@ -361,7 +359,7 @@ def measure_peers(device: str, rounds: int | None) -> list[dict[str, Any]]:
         if batch == 1:
             for peer, other in others.items():
                 runs[peer, 'onnx'] = lambda m=other, x=images[peer.side]: m(x)
-        for key, times in zip(runs, zip(*in_turns(list(runs.values()), device, rounds))):
+        for key, times in zip(runs, zip(*interleaved(list(runs.values()), device, rounds))):
             if key in rows:
                 rows[key]['images_per_second'][str(batch)] = batch / median(times)
             else:

@@ -1,4 +1,4 @@
-"""EMOv2 written as plainly as the paper describes it (arXiv 2412.06674): the yardstick of tools/benchmark.py.
+"""EMOv2 written as plainly as the paper describes it (arXiv 2412.06674): the baseline of the benchmark.
 
 Maps are (B, C, H, W) throughout, each step is one operation of its own, and nothing is fused, stacked,
 folded or kept channels last. It is slower than :class:`emo2_mm.EMOv2` on purpose, and meant to be obviously

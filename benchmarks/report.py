@@ -1,4 +1,4 @@
-"""Tables and plots of what tools/benchmark.py measures; ``benchmark_report.py DIR`` draws them anew."""
+"""Tables and plots of what benchmarks/benchmark.py measures; ``report.py DIR`` draws them anew."""
 
 from __future__ import annotations
 

@@ -1,32 +1,16 @@
-"""Draw and write down what a detector, segmentor or classifier sees in images.
+"""Inference with any model of the three libraries: predictions as plain data, and pictures.
 
-    python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_FOLDER --out predictions
-
-Of a folder all files are taken, but neither hidden ones nor those in folders in it, as the inferencers of
-the code bases do. For each image NAME this writes vis/NAME, the drawn picture (vis/NAME.jpg, unless NAME ends
-in .jpg, .jpeg or .png), and preds/NAME.json:
-
-    image, width, height  the file, and its size in pixels
-    objects               of a detector, best first: class, label (number of the class), score (0 - 1), box
-                          (left, top, right, bottom in pixels), and with masks mask (COCO's run lengths)
-    segments              of a segmentor, largest first: class, label, share (of all pixels, 0 - 1)
-    map                   of a segmentor: the image of labels beside the JSON file, preds/NAME.png
-    classes               of a classifier, the best five: class, label, score (0 - 1)
-
-The names of the classes are those in the checkpoint, else those of the config, else numbers. A file that is
-damaged or not an image is named, skipped and counted. The exit code is 0, or 1 if a file was skipped, or 2 if
-the arguments cannot be used.
+Needs MMCV, Pillow, OpenCV and the library of the config (extras ``cls``, ``det``, ``seg``).
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
+import os
 import sys
 import time
-import warnings
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -37,7 +21,6 @@ from typing import Any, Dict, Iterator, Tuple
 import cv2
 import mmcv
 import numpy as np
-import runtime
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
@@ -45,7 +28,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image, UnidentifiedImageError
 
-from emo2_mm.reading import read_checkpoint
+from .config import innermost_dataset
+from .weights.read import read_checkpoint
 
 Prediction = Tuple[Dict[str, Any], str, np.ndarray]  # for the file, in words, drawn (H, W, 3) in RGB
 
@@ -96,7 +80,7 @@ def find_names(known: Any, cfg: Config) -> dict[str, Any]:
     model = cfg.model
     head = model.get('roi_head', model).get('bbox_head') or model.get('decode_head') or model.head
     count = head.num_classes
-    dataset = runtime.innermost(cfg.test_dataloader.dataset)
+    dataset = innermost_dataset(cfg.test_dataloader.dataset)
     registry = import_module(f'{cfg.default_scope}.registry')
     kind = registry.DATASETS.get(dataset.type)
     sources = (known, dataset.get('metainfo'), getattr(kind, 'METAINFO', None))
@@ -121,8 +105,8 @@ def loads(content: dict[str, Any]) -> Iterator[None]:
         CheckpointLoader.register_scheme('', loader=own, force=True)
 
 
-def build(cfg: Config, checkpoint: str, device: str) -> Any:
-    """Build the inferencer of a config's code base.
+def init_inferencer(cfg: Config, checkpoint: str, device: str) -> Any:
+    """Build the inferencer of the library that a config names, and load a checkpoint as data.
 
     Raises:
         OSError: If there is no such checkpoint.
@@ -233,56 +217,54 @@ def write(out: Path, path: Path, image: np.ndarray, entries: dict[str, Any], pic
     (out / f'preds/{path.name}.json').write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='config of MMDetection, MMSegmentation or MMPretrain')
-    parser.add_argument('checkpoint', help='checkpoint of it; read without running code in it')
-    parser.add_argument('images', metavar='IMAGE_OR_FOLDER', type=Path)
-    parser.add_argument('--out', type=Path, default='predictions', help='folder (default: %(default)s)')
-    parser.add_argument('--device', default=get_device(), help='such as cpu or cuda:1 (default: %(default)s)')
-    parser.add_argument(
-        '--score-thr',
-        type=float,
-        default=0.3,
-        help='detectors: leave out lower scores (default: %(default)s)',
-    )
-    return parser.parse_args()
+def infer(
+    config: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    images: str | os.PathLike,
+    out: str | os.PathLike = 'predictions',
+    device: str | None = None,
+    score_thr: float = 0.3,
+) -> list[str]:
+    """Run inference on an image or a folder, and save pictures and JSON files.
 
+    Args:
+        config: Config of MMDetection, MMSegmentation or MMPretrain.
+        checkpoint: Its checkpoint; it is read as data.
+        images: Image file, or a folder: all files in it but hidden ones.
+        out: Folder to write ``vis/NAME`` and ``preds/NAME.json`` in.
+        device: Such as 'cpu' or 'cuda:1'. Defaults to the first GPU, if any.
+        score_thr: Detectors: drop lower scores.
 
-def main() -> int:
-    args = parse_args()
+    Returns:
+        Names of the files that were skipped because they are damaged or not images.
+
+    Raises:
+        OSError: If a file does not exist.
+        ValueError: If an argument cannot be used, or the checkpoint does not fit the config.
+    """
+    images, out = Path(images), Path(out)
     MMLogger.get_current_instance().setLevel(logging.ERROR)
-    warnings.simplefilter('ignore')
-    try:
-        paths = list_files(args.images, args.out)
-        cfg = Config.fromfile(args.config)
-        with redirect_stdout(io.StringIO()):  # what the code bases say of weights; build() checks them
-            inferencer = build(cfg, args.checkpoint, args.device)
-        for name in ('vis', 'preds'):
-            (args.out / name).mkdir(parents=True, exist_ok=True)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    paths = list_files(images, out)
+    cfg = Config.fromfile(config)
+    with redirect_stdout(io.StringIO()):  # the libraries' messages about weights, which are checked here
+        inferencer = init_inferencer(cfg, str(checkpoint), device or get_device())
+    for name in ('vis', 'preds'):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    predict = PREDICT[cfg.default_scope]
     skipped = []
     start = time.time()
     for number, path in enumerate(paths, 1):
         try:
             image = read_image(path)
-            entries, words, picture = PREDICT[cfg.default_scope](inferencer, path, image, args.score_thr)
+            entries, words, picture = predict(inferencer, path, image, score_thr)
         except (OSError, RuntimeError, ValueError, cv2.error) as error:
             skipped.append(path.name)
             words = f'skipped, {" ".join(str(error).split())}'
         else:
-            write(args.out, path, image, entries, picture)
+            write(out, path, image, entries, picture)
         left = timedelta(seconds=round((time.time() - start) / number * (len(paths) - number)))
         print(f'[{number}/{len(paths)}, {left} left] {path.name}: {words}', flush=True)
-    print(f'{len(paths) - len(skipped)} pictures in {args.out}/vis, as JSON in {args.out}/preds')
+    print(f'{len(paths) - len(skipped)} pictures in {out}/vis, as JSON in {out}/preds')
     if skipped:
         print(f'{len(skipped)} of {len(paths)} files were skipped: {", ".join(skipped)}', file=sys.stderr)
-    return 1 if skipped else 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+    return skipped

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SEWMHSA
-from .reading import read_checkpoint
+from .weights.read import read_checkpoint
 
 try:
     from mmpretrain.models import ImageClassifier

@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .attention import SEWMHSA
-from .checkpoint import load_backbone_weights
 from .deploy import fold_following_norm, fold_preceding_norm
 from .depthwise import DepthwiseConv2d, can_mix_and_project, mix_and_project
 from .inference import infer, need_not_be_called, parts_of, structure
 from .inplace import SiLU, add
 from .modes import infers_on_cpu, is_hooked, trains_on_cpu
+from .weights.load import load_backbone_weights
 
 EPS = 1e-6  # of every norm in the network
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}

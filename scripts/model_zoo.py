@@ -20,13 +20,13 @@ PLOT = 'docs/images/model_zoo.svg'
 # Above each metafile, for whoever edits one by hand.
 NOTE = """\
 # What is called "Reported" are figures of the authors (arXiv 2412.06674): they were not reproduced here.
-# Parameters, FLOPs and Input Size were measured here: `python tools/model_zoo.py --measure` writes them.
+# Parameters, FLOPs and Input Size were measured here: `python scripts/model_zoo.py --measure` writes them.
 """
 
 TEMPLATE = """\
 # Model zoo
 
-<!-- Written by `python tools/model_zoo.py` from configs/*/metafile.yml: edit those. -->
+<!-- Written by `python scripts/model_zoo.py` from configs/*/metafile.yml: edit those. -->
 
 Two kinds of figures stand side by side here, each under its own heading:
 
@@ -113,12 +113,12 @@ def inference_params(model: dict[str, Any]) -> int:
 
 def measure() -> None:
     """Count every model as ``tools/get_flops.py`` does and write the sizes into the metafiles."""
-    import get_flops  # needs torch and the code bases, unlike the rest
+    from emo2_mm.analysis import complexity  # needs torch and the libraries, unlike the rest
 
     for path, metafile in metafiles().items():
         for model in metafile['Models']:
             with redirect_stdout(sys.stderr):  # the frameworks' own messages
-                sizes = get_flops.count(str(ROOT / model['Config']))
+                sizes = complexity.count(str(ROOT / model['Config']))
             print(f'{model["Config"]}: {sizes["params"]} parameters, {sizes["flops"]} FLOPs', flush=True)
             model['Metadata'].pop('Inference Parameters', None)
             model['Metadata'].update(measured(sizes))
@@ -126,7 +126,7 @@ def measure() -> None:
 
 
 def measured(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Name the sizes of ``get_flops.count`` as metafiles do."""
+    """Name the sizes of ``complexity.count`` as metafiles do."""
     height, width = sizes['shape']
     found = {'Parameters': sizes['params'], 'FLOPs': sizes['flops'], 'Input Size': f'{height} x {width}'}
     if sizes['params_inference'] != sizes['params']:
@@ -313,7 +313,7 @@ def main() -> int:
     if args.check:
         stale = drift()
         for name in stale:
-            print(f'error: {name} differs from the metafiles; run python tools/model_zoo.py', file=sys.stderr)
+            print(f'error: {name} differs from the metafiles; run scripts/model_zoo.py', file=sys.stderr)
         return 1 if stale else 0
     if args.measure:
         measure()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Iterator
 
 import pytest
 
@@ -11,7 +12,9 @@ import pytest
 # threads hangs when it is forked, as tools/benchmark.py does. Read when torch is imported.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.runner import CheckpointLoader  # noqa: E402
 
 from emo2_mm import inference  # noqa: E402
 
@@ -22,6 +25,15 @@ INTERVAL = 20  # seconds between two messages
 def no_default_scope() -> None:
     """MMEngine stays in the scope of the last runner; a module shall not begin in that of another."""
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def restore_mmengine() -> Iterator[None]:
+    """Restore what tools set for their whole process: the loader of checkpoints, and the log level."""
+    schemes, level = CheckpointLoader._schemes.copy(), MMLogger.get_current_instance().level
+    yield
+    CheckpointLoader._schemes = schemes
+    MMLogger.get_current_instance().setLevel(level)
 
 
 @pytest.fixture(autouse=True)

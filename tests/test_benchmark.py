@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from golden import normal, relative_error
+from helpers.golden import normal, relative_error
 from test_emov2 import CASES, TINY, golden_model, logits_of, name_of
-from tiny import ROOT
+from helpers.tiny import ROOT
 from torch import nn
 
 from emo2_mm import EMOv2
 
-sys.path.insert(0, str(ROOT / 'tools'))
 
-import benchmark  # noqa: E402
-import measuring  # noqa: E402
-from benchmark import Case  # noqa: E402
-from plain_emov2 import PlainEMOv2, copy_weights  # noqa: E402
+import benchmark
+import measuring
+from benchmark import Case
+from plain_emov2 import PlainEMOv2, copy_weights
 
-sys.path.remove(str(ROOT / 'tools'))
 
 SMALL = (4, 96, 80, 3)  # batch, height, width, window
 

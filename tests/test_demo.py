@@ -17,7 +17,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 cv2 = pytest.importorskip('cv2')
 pytest.importorskip('sklearn')
@@ -25,13 +25,12 @@ pytest.importorskip('skimage')
 rich_console = pytest.importorskip('rich.console')
 COCO = pytest.importorskip('pycocotools.coco').COCO
 
-sys.path.insert(0, str(ROOT / 'tools' / 'demo'))
 plt = pytest.importorskip('matplotlib.pyplot')
-import make_digits  # noqa: E402
-import report  # noqa: E402
-import report_all  # noqa: E402
-import run  # noqa: E402
-from shrink import METHODS, shrink  # noqa: E402
+import make_digits
+import report
+import report_all
+import run
+from shrink import METHODS, shrink
 
 BOX, MASK = 'coco/bbox_mAP', 'coco/segm_mAP'
 

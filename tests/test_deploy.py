@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from test_emov2 import TINY, relative, tiny, visible
-from tiny import DETECTOR, ROOT, write_config
+from helpers.tiny import DETECTOR, ROOT, write_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -20,7 +20,7 @@ from typing import Any, Iterator, NamedTuple
 
 import pytest
 import torch
-from golden import generated_state_dict
+from helpers.golden import generated_state_dict
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import MMLogger
@@ -29,7 +29,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_from_local
 from mmengine.utils import is_installed
 from test_distributed import arguments_given
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 import emo2_mm
 from emo2_mm import EMOv2

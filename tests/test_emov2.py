@@ -8,14 +8,14 @@ from typing import Any, Callable, Iterator
 
 import pytest
 import torch
-from golden import generated_state_dict, golden_cases, normal, relative_error
+from helpers.golden import generated_state_dict, golden_cases, normal, relative_error
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import emo2_mm
 from emo2_mm import EMOv2
-from emo2_mm.checkpoint import find_state_dict
+from emo2_mm.weights.load import find_state_dict
 
 TINY = dict(
     depths=(1, 2, 2, 2),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 from emo2_mm import EMOv2
 
@@ -15,7 +15,6 @@ hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-sys.path.insert(0, str(ROOT / 'tools'))
 import plain_emov2  # noqa: E402
 
 settings.register_profile('fuzz', max_examples=30, deadline=None, derandomize=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 
 def python(code: str) -> subprocess.CompletedProcess:

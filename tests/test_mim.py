@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mmengine.fileio import load
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 OPENMIM = 'openmim==0.3.9'
 

@@ -8,7 +8,7 @@ from typing import Callable
 import pytest
 import torch
 from test_emov2 import TINY, tiny
-from tiny import imported
+from helpers.tiny import imported
 from torch import Tensor, nn
 
 from emo2_mm.attention import SEWMHSA

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 pytest.importorskip('mmdet')
 

@@ -1,4 +1,4 @@
-# Mask R-CNN on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+# Mask R-CNN on EMOv2-1M for own data, which docs/own_data.md describes:  --cfg-options data_root=PATH
 _base_ = './mask-rcnn_emo2_1m.py'
 
 data_format = 'coco'

@@ -1,4 +1,4 @@
-# RetinaNet on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+# RetinaNet on EMOv2-1M for own data, which docs/own_data.md describes:  --cfg-options data_root=PATH
 _base_ = './retinanet_emo2_1m.py'
 
 data_format = 'coco'

@@ -1,4 +1,4 @@
-# SSDLite on EMOv2-1M (320) for own data, which tools/own_data.py describes: --cfg-options data_root=PATH
+# SSDLite on EMOv2-1M (320) for own data, which docs/own_data.md describes: --cfg-options data_root=PATH
 _base_ = './ssdlite_emo2_1m_320.py'
 
 data_format = 'coco'

@@ -1,4 +1,4 @@
-# DeepLabv3 on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+# DeepLabv3 on EMOv2-1M for own data, which docs/own_data.md describes:  --cfg-options data_root=PATH
 _base_ = './deeplabv3_emo2_1m.py'
 
 data_format = 'maps'

@@ -1,4 +1,4 @@
-# Semantic FPN on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+# Semantic FPN on EMOv2-1M for own data, which docs/own_data.md describes:  --cfg-options data_root=PATH
 _base_ = './fpn_emo2_1m.py'
 
 data_format = 'maps'

@@ -1,4 +1,4 @@
-# PSPNet on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+# PSPNet on EMOv2-1M for own data, which docs/own_data.md describes:  --cfg-options data_root=PATH
 _base_ = './pspnet_emo2_1m.py'
 
 data_format = 'maps'

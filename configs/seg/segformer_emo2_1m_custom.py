@@ -1,4 +1,4 @@
-# SegFormer on EMOv2-1M for own data, which tools/own_data.py describes:  --cfg-options data_root=PATH
+# SegFormer on EMOv2-1M for own data, which docs/own_data.md describes:  --cfg-options data_root=PATH
 _base_ = './segformer_emo2_1m.py'
 
 data_format = 'maps'

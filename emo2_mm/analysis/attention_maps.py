@@ -1,6 +1,4 @@
-"""Draw what one point of an image attends to, in its neighbour and its distant window.
-
-    python tools/show_windows.py CONFIG CHECKPOINT IMAGE --point X Y --out windows.png
+"""Attention maps: what one point of an image attends to, in its neighbour and its distant window.
 
 There is a row for each stage that attends (strides 16 and 32). The token at the point looks at two windows:
 the neighbour window of adjacent tokens, and the distant window of tokens spread over the whole image. The
@@ -9,30 +7,26 @@ attention is the mean over heads and blocks of the stage; the most attended toke
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
-import matplotlib
 import numpy as np
-import runtime
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from torch import Tensor, nn
 
-from emo2_mm import EMOv2
-from emo2_mm.attention import SEWMHSA, split_windows
-from emo2_mm.checkpoint import load_backbone_weights
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from ..attention import SEWMHSA, split_windows
+from ..config import innermost_dataset
+from ..emov2 import EMOv2
+from ..weights.load import load_backbone_weights
 
 NEIGHBOUR, DISTANT = 'tab:orange', '#5ab4ff'
 
@@ -113,7 +107,7 @@ def look(backbone: EMOv2, x: Tensor, point: tuple[float, float]) -> list[Stage]:
 def resize(image: np.ndarray, cfg: Config) -> np.ndarray:
     """Bring an image (H, W, 3) to the size that the config tests at, whole: crops are left out."""
     init_default_scope(cfg.default_scope)
-    for step in runtime.innermost(cfg.test_dataloader.dataset).pipeline:
+    for step in innermost_dataset(cfg.test_dataloader.dataset).pipeline:
         if 'Resize' in step.type:
             image = TRANSFORMS.build(step)(dict(img=image))['img']
     return image
@@ -154,7 +148,7 @@ def draw_attention(ax: Any, stage: Stage, kind: int) -> None:
     attention, (rows, columns) = stage.maps[kind], stage.shape
     inside = attention[:rows, :columns]  # what lies beyond is padding
     heat = np.nan_to_num(attention / np.nanmax(inside)).clip(0, 1)
-    colours = plt.get_cmap('inferno')(heat)
+    colours = colormaps['inferno'](heat)
     colours[..., 3] = np.where(np.isnan(attention), 0, 0.15 + 0.8 * heat)
     height, width = np.array(attention.shape) * stage.stride
     ax.imshow(colours, extent=(0, width, height, 0), interpolation='nearest')
@@ -167,7 +161,8 @@ def draw(stages: list[Stage], image: np.ndarray, point: tuple[float, float], pat
     """Draw a row for each stage: the two windows, and the attention to the one and to the other."""
     h, w = image.shape[:2]
     size = (12, len(stages) * (3.5 * min(h / w, 3) + 0.3) + 0.3)
-    fig, axes = plt.subplots(len(stages), 3, figsize=size, layout='compressed', squeeze=False)
+    fig = Figure(size, layout='compressed')
+    axes = fig.subplots(len(stages), 3, squeeze=False)
     for stage, row in zip(stages, axes):
         row[0].imshow(image)
         draw_distant(row[0], stage, facecolor=(0.35, 0.7, 1, 0.3))
@@ -200,51 +195,34 @@ def draw(stages: list[Stage], image: np.ndarray, point: tuple[float, float], pat
         ax.set_title(title, fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, bbox_inches='tight')
-    plt.close(fig)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='config of a classifier, detector or segmentor on EMOv2')
-    parser.add_argument('checkpoint', help='its checkpoint, or published weights of the backbone')
-    parser.add_argument('image', help='image file')
-    parser.add_argument(
-        '--point', type=float, nargs=2, metavar=('X', 'Y'), help='pixel of the image; its centre by default'
-    )
-    parser.add_argument('--out', type=Path, default='windows.png', help='picture (default: %(default)s)')
-    return parser.parse_args()
+def show(config: str, checkpoint: str, image_file: str, point: tuple[float, float] | None, out: Path) -> None:
+    """Draw what one point of an image attends to.
 
+    Args:
+        config: Config file of a classifier, detector or segmentor on EMOv2.
+        checkpoint: Its checkpoint, or released weights of the backbone.
+        image_file: Image file.
+        point: (x, y) in pixels of the image. Defaults to its centre.
+        out: Picture to write.
 
-def show(args: argparse.Namespace) -> None:
-    cfg = Config.fromfile(args.config)
-    original = cv2.imread(args.image)
+    Raises:
+        OSError: If a file does not exist.
+        ValueError: If the image cannot be read, the point is outside of it, or the backbone is not EMOv2.
+    """
+    cfg = Config.fromfile(config)
+    original = cv2.imread(image_file)
     if original is None:
-        raise ValueError(f'{args.image}: no such file, or not an image')
+        raise ValueError(f'{image_file}: no such file, or not an image')
     h, w = original.shape[:2]
-    x, y = args.point or (w / 2, h / 2)
+    x, y = point or (w / 2, h / 2)
     if not (0 <= x < w and 0 <= y < h):
-        raise ValueError(f'--point is {x:g} {y:g}, but {args.image} is {w} x {h} (width x height)')
+        raise ValueError(f'--point is {x:g} {y:g}, but {image_file} is {w} x {h} (width x height)')
     backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
     if not isinstance(backbone, EMOv2):
-        raise ValueError(f'{args.config}: its backbone is {type(backbone).__name__}, not EMOv2')
-    load_backbone_weights(backbone, args.checkpoint)
+        raise ValueError(f'{config}: its backbone is {type(backbone).__name__}, not EMOv2')
+    load_backbone_weights(backbone, checkpoint)
     image = resize(original[..., ::-1], cfg)
-    point = x * image.shape[1] / w, y * image.shape[0] / h
-    draw(look(backbone.eval(), normalise(image, cfg), point), image, point, args.out)
-
-
-def main() -> int:
-    args = parse_args()
-    try:
-        show(args)
-    except (OSError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    print(args.out)
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+    scaled = x * image.shape[1] / w, y * image.shape[0] / h
+    draw(look(backbone.eval(), normalise(image, cfg), scaled), image, scaled, out)

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from contextlib import redirect_stdout
 from importlib import import_module
 from math import ceil, prod
-from pathlib import Path
 from typing import Any, Sequence
 
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
-
-import emo2_mm  # noqa: E402, F401  # a config may say type='EMOv2' then
 
 EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg'}
 
@@ -201,44 +192,3 @@ def table(sizes: dict[str, Any]) -> str:
         lines.append(f'{name:24}{params / 1e6:16.3f} M{flops / factor:22.3f} {unit}')
     lines += ['', f'not counted: {", ".join(sizes["skipped"])}']
     return '\n'.join(lines)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', metavar='CONFIG', help='config of any of the three code bases')
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs='+',
-        metavar='N',
-        help="height and width of the image, or one number for both; the published tables' by default",
-    )
-    parser.add_argument('--json', action='store_true', help='print one line of JSON instead')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config, such as model.backbone.window_size=8',
-    )
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse_args()
-    try:
-        with redirect_stdout(sys.stderr):  # the frameworks' own messages
-            sizes = count(args.config, args.shape, args.cfg_options)
-    except (OSError, ValueError) as error:
-        print(f'error: {args.config}: {error}', file=sys.stderr)
-        return 1
-    if args.json:
-        keys = ('params', 'params_inference', 'flops', 'shape')
-        print(json.dumps({key: sizes[key] for key in keys}))
-    else:
-        print(table(sizes))
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -6,7 +6,6 @@ or anything else is missing or fails, too: packages are tried in another process
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -359,15 +358,19 @@ def look_around() -> Environment:
     return Environment(platform.python_version(), installed, present, modules, errors, limits, **more)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--json', action='store_true', help='print all that was found out, as JSON')
-    args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare clone too
+def report(as_json: bool = False) -> int:
+    """Print what is installed and what is wrong with it.
+
+    Args:
+        as_json: Print everything that was found as JSON.
+
+    Returns:
+        The exit code: 1 if there is an error among the findings, else 0.
+    """
     print('Trying what is installed, which takes some seconds.', file=sys.stderr, flush=True)
     env = look_around()
     findings = judge(env)
-    if args.json:
+    if as_json:
         found = {'findings': [finding._asdict() for finding in findings]}
         print(json.dumps({**env._asdict(), **found}, indent=2))
     else:
@@ -380,7 +383,3 @@ def main() -> int:
             print(f'{level}: {what}. Cure: {cure}.')
         print(f'{len(findings) or "No"} finding{"s" * (len(findings) != 1)}.')
     return any(finding.level == 'error' for finding in findings)
-
-
-if __name__ == '__main__':
-    sys.exit(main())

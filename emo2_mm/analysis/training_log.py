@@ -1,25 +1,18 @@
-"""Draw what training runs logged: by default the loss, the learning rate and all metrics of the validation.
+"""Read the logs of training runs and draw their curves.
 
-    python tools/plot_logs.py work_dirs/retinanet_emo2_5m work_dirs/retinanet_emo2_1m --out curves.png
-    python tools/plot_logs.py work_dirs/retinanet_emo2_5m --keys loss_cls loss_bbox coco/bbox_mAP
-
-A run is a work folder, or one scalars.json. A run that was interrupted and resumed left several of these in
-its work folder: they are joined. From where a later one begins, it replaces the earlier ones.
+A run is a work dir, or one scalars.json. A run that was interrupted and resumed left several of these in
+its work dir: they are joined. From where a later one begins, it replaces the earlier ones.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Dict, NamedTuple, Sequence
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 Line = Dict[str, float]
@@ -128,7 +121,8 @@ def draw(runs: Sequence[Run], keys: Sequence[str], path: Path) -> None:
     columns = min(len(keys), COLUMNS)
     rows = math.ceil(len(keys) / columns)
     size = (4.2 * columns, 2.9 * rows + 0.3)
-    fig, axes = plt.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
+    fig = Figure(size, layout='constrained')
+    axes = fig.subplots(rows, columns, squeeze=False)
     ends = [run.curve(key, in_epochs)[0][-1] for run in runs for key in keys if key in run.logged()]
     for ax, key in zip(axes.flat, keys):
         for number, run in enumerate(runs):
@@ -149,41 +143,7 @@ def draw(runs: Sequence[Run], keys: Sequence[str], path: Path) -> None:
         ax.set_visible(False)
     for ax in axes.flat[max(len(keys) - columns, 0) : len(keys)]:  # the lowest of each column
         ax.set_xlabel('epoch' if in_epochs else 'iteration')
-    handles = [plt.Line2D([], [], color=f'C{i}', label=run.name) for i, run in enumerate(runs)]
+    handles = [Line2D([], [], color=f'C{i}', label=run.name) for i, run in enumerate(runs)]
     fig.legend(handles=handles, loc='outside upper center', ncol=min(len(runs), columns), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='work folder or scalars.json')
-    parser.add_argument('--keys', metavar='KEY', nargs='+', help='what to draw, such as loss coco/bbox_mAP')
-    parser.add_argument('--out', type=Path, default='curves.png', help='picture (default: %(default)s)')
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse_args()
-    names = [path.resolve().name for path in args.runs]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in args.runs]
-    try:
-        runs = [read_run(path, name) for path, name in zip(args.runs, names)]
-        for run in runs:
-            missing = [key for key in args.keys or [] if key not in run.logged()]
-            if missing:
-                raise ValueError(f'{run.name} has no {", ".join(missing)}; it has {", ".join(run.logged())}')
-        draw(runs, args.keys or choose_keys(runs), args.out)
-    except (OSError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    print(args.out)
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -9,7 +9,6 @@ Each kind of finding says what training does with it. Exit code: 0 without error
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -18,17 +17,18 @@ import sys
 from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Sequence
 
 import cv2
 import mmcv
 import numpy as np
-import own_data
-import runtime
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
+
+from ..engine.preflight import check_data
+from .custom import apply_custom_dataset
 
 # What can be found, and what training does with it. Errors stop it, or lose or spoil data.
 LEFT_OUT = 'training leaves the box out, and says how many; validation counts it as an object that was missed'
@@ -469,48 +469,32 @@ def show(found: Found, max_shown: int) -> int:
     return totals[0]
 
 
-def main() -> int:
-    description = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
-    parser.add_argument('config', metavar='CONFIG', help='config of any of the three code bases')
-    parser.add_argument(
-        '--split',
-        nargs='+',
-        choices=('train', 'val', 'test'),
-        default=('train', 'val', 'test'),
-        help='what to check (default: all)',
-    )
-    parser.add_argument(
-        '--max-shown', type=int, default=10, metavar='N', help='findings of one kind to print (default: 10)'
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='change entries of the config, such as where data lies',
-    )
-    args = parser.parse_args()
-    try:
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
-        own_data.complete(cfg)
-        loaders = [cfg.get(f'{split}_dataloader') for split in args.split]
-        parts = [leaf for loader in loaders if loader for leaf in leaves(loader.dataset)]
-        parts = [leaf for i, leaf in enumerate(parts) if leaf not in parts[:i]]  # test is often val
-        if not parts:
-            raise ValueError(f'it has no data set to {" or ".join(args.split)} with')
-        runtime.check_data(cfg, *args.split)  # ends with 1 if a folder or an annotation file is not there
-        datasets = [build(leaf, cfg.get('default_scope', 'mmengine')) for leaf in parts]
-    except Exception as error:  # what a config may raise is open
-        parser.error(f'{args.config}: {error}')
+def check_datasets(cfg: Config, splits: Sequence[str], max_shown: int = 10) -> int:
+    """Check the datasets of a config and print what was found, errors first.
+
+    Args:
+        cfg: Config of MMPretrain, MMDetection or MMSegmentation; it is changed.
+        splits: Any of 'train', 'val', 'test'.
+        max_shown: Findings of one kind that are printed.
+
+    Returns:
+        The number of errors.
+
+    Raises:
+        UserError: If a folder or an annotation file does not exist.
+        ValueError: If a dataset is of a kind that cannot be checked.
+    """
+    apply_custom_dataset(cfg)
+    loaders = [cfg.get(f'{split}_dataloader') for split in splits]
+    parts = [leaf for loader in loaders if loader for leaf in leaves(loader.dataset)]
+    parts = [leaf for i, leaf in enumerate(parts) if leaf not in parts[:i]]  # test is often val
+    if not parts:
+        raise ValueError(f'it has no dataset to {" or ".join(splits)} with')
+    check_data(cfg, *splits)
+    datasets = [build(leaf, cfg.get('default_scope', 'mmengine')) for leaf in parts]
 
     cv2.setLogLevel(0)  # its messages name no files and break the progress bar
-    found = {fault: [] for fault in (*ERRORS, *WARNINGS)}
+    found: Found = {fault: [] for fault in (*ERRORS, *WARNINGS)}
     for leaf, (dataset, check) in zip(parts, datasets):
         print(check(dataset, leaf, cfg.get('model') or {}, found), flush=True)
-    return 1 if show(found, args.max_shown) else 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+    return show(found, max_shown)

@@ -76,7 +76,7 @@ def inner_datasets(dataset: Any) -> list[Any]:
     return inner_datasets(dataset.dataset) if hasattr(dataset, 'dataset') else [dataset]
 
 
-def name_faults(runner: Runner) -> None:
+def report_failing_files(runner: Runner) -> None:
     """Let the data sets that a runner builds name the files that they fail on."""
     build = runner.build_dataloader
 
@@ -91,7 +91,7 @@ def name_faults(runner: Runner) -> None:
 
 
 @contextmanager
-def telling_what_is_left_out(scope: str | None) -> Iterator[None]:
+def log_dropped_annotations(scope: str | None) -> Iterator[None]:
     """Log how many boxes and images MMDetection's CocoDataset leaves out as it reads its annotations."""
     if scope != 'mmdet':
         yield

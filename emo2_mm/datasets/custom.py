@@ -1,4 +1,4 @@
-"""Fit a config for own data (``configs/*/*_custom.py``) to the data in a folder.
+"""Custom datasets: complete a config ``configs/*/*_custom.py`` from the data in a folder.
 
     python tools/train.py configs/det/retinanet_emo2_1m_custom.py --cfg-options data_root=PATH
 
@@ -20,8 +20,10 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-import runtime
 from mmengine.config import Config, ConfigDict
+
+from ..config import innermost_dataset, iter_nodes
+from ..errors import UserError, note
 
 SPLITS = {'train': ('train', 'training', 'train2017'), 'val': ('val', 'valid', 'validation', 'val2017')}
 BEST = {'coco': 'coco/bbox_mAP', 'maps': 'mIoU', 'folders': 'accuracy/top1'}
@@ -30,7 +32,7 @@ EPOCHS = (12, 100)
 IMAGE_KINDS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
-def complete(cfg: Config) -> None:
+def apply_custom_dataset(cfg: Config) -> None:
     """Give a config for own data its classes, data sets and schedule; leave any other config as it is.
 
     What comes out is a plain config: the one that training saves in its work dir needs no ``data_root``.
@@ -40,14 +42,14 @@ def complete(cfg: Config) -> None:
         return
     form, root, epochs = cfg.pop('data_format'), cfg.pop('data_root'), cfg.pop('max_epochs')
     if not root:
-        runtime.fail(
+        raise UserError(
             f'{cfg.filename} is for own data; say where it is: --cfg-options data_root=PATH\n{__doc__}'
         )
     root = Path(root).expanduser()
     if not root.is_dir():
-        runtime.fail(f'data_root is {root}, but there is no folder {root.absolute()}')
+        raise UserError(f'data_root is {root}, but there is no folder {root.absolute()}')
     images, classes = FORMATS[form](cfg, root)
-    for _, part in runtime.dicts([cfg.model, cfg.get('data_preprocessor') or {}], 'model'):
+    for _, part in iter_nodes([cfg.model, cfg.get('data_preprocessor') or {}], 'model'):
         if 'num_classes' in part:
             part.num_classes = len(classes)
     if epochs is None:
@@ -57,7 +59,7 @@ def complete(cfg: Config) -> None:
     _train_all_without_weights(cfg.model.backbone)
     for name in ('dataset', 'crop', 'checkpoint', 'train_pipeline', 'test_pipeline'):
         cfg.pop(name, None)  # what the parts were built from
-    runtime.note(
+    note(
         f'{root}: {images} images to train on, {epochs} epochs; {len(classes)} classes: {", ".join(classes)}'
     )
 
@@ -68,7 +70,7 @@ def _fit_coco(cfg: Config, root: Path) -> tuple[int, list[str]]:
     names = {split: [x['name'] for x in content['categories']] for split, content in contents.items()}
     classes = names['train']
     if names['val'] != classes or len(set(classes)) < len(classes):  # a label is the place in this list
-        runtime.fail(
+        raise UserError(
             f'{files["train"]} and {files["val"]} have to list the same categories in the same order, each '
             f'once; they have {", ".join(classes)} and {", ".join(names["val"])}'
         )
@@ -76,7 +78,7 @@ def _fit_coco(cfg: Config, root: Path) -> tuple[int, list[str]]:
         folder = _coco_images(root, split, files[split], contents[split])
         for stage in stages:
             loader = cfg[f'{stage}_dataloader']
-            loader.dataset = runtime.innermost(loader.dataset)  # without its RepeatDataset
+            loader.dataset = innermost_dataset(loader.dataset)  # without its RepeatDataset
             loader.dataset.update(
                 data_root=f'{root}/',
                 ann_file=files[split].relative_to(root).as_posix(),
@@ -99,16 +101,16 @@ def _read_coco(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as error:
-        runtime.fail(f'{file} is not JSON: {error}')
+        raise UserError(f'{file} is not JSON: {error}') from None
     for key, what, entry in (
         ('images', 'images', 'file_name'),
         ('categories', 'classes', 'name'),
         ('annotations', 'boxes', 'image_id'),
     ):
         if not isinstance(content, dict) or not content.get(key):
-            runtime.fail(f'{file} has no {what}: its list {key!r} is missing or empty')
+            raise UserError(f'{file} has no {what}: its list {key!r} is missing or empty')
         if not all(entry in part for part in content[key]):
-            runtime.fail(f'{file}: an entry of {key!r} has no {entry!r}')
+            raise UserError(f'{file}: an entry of {key!r} has no {entry!r}')
     return content
 
 
@@ -118,12 +120,12 @@ def _coco_images(root: Path, split: str, file: Path, content: dict[str, Any]) ->
     folders = [f'{prefix}{name}/' for name in SPLITS[split] for prefix in ('', 'images/')] + ['images/', '']
     folder = next((folder for folder in folders if (root / folder / names[0]).is_file()), None)
     if folder is None:
-        runtime.fail(
+        raise UserError(
             f'{file} names {names[0]}, which is in none of {", ".join(f"{root / x}" for x in folders)}'
         )
     lost = [name for name in names if not (root / folder / name).is_file()]
     if lost:
-        runtime.fail(f'{root / folder} lacks {len(lost)} images that {file} names, such as {lost[0]}')
+        raise UserError(f'{root / folder} lacks {len(lost)} images that {file} names, such as {lost[0]}')
     return folder
 
 
@@ -132,7 +134,7 @@ def _fit_maps(cfg: Config, root: Path) -> tuple[int, list[str]]:
     classes = names.read_text(encoding='utf-8').split('\n') if names.is_file() else []
     classes = [name.strip() for name in classes if name.strip()]
     if len(classes) < 2:
-        runtime.fail(
+        raise UserError(
             f'{names} has to name two classes or more, one a line, the one with the number 0 in the maps '
             "first (what is no object is one, such as 'background')"
         )
@@ -145,10 +147,12 @@ def _fit_maps(cfg: Config, root: Path) -> tuple[int, list[str]]:
         suffixes = sorted({path.suffix for path in files})
         if len(suffixes) != 1:
             found = f'several kinds, {", ".join(suffixes)}' if suffixes else 'none'
-            runtime.fail(f'{images} has to hold images of one kind ({", ".join(IMAGE_KINDS)}); found {found}')
+            raise UserError(
+                f'{images} has to hold images of one kind ({", ".join(IMAGE_KINDS)}); found {found}'
+            )
         lost = [path.stem for path in files if not (maps / f'{path.stem}.png').is_file()]
         if lost:
-            runtime.fail(f'{maps} lacks {len(lost)} maps of images in {images}, such as {lost[0]}.png')
+            raise UserError(f'{maps} lacks {len(lost)} maps of images in {images}, such as {lost[0]}.png')
         for stage in stages:
             dataset = cfg[f'{stage}_dataloader'].dataset
             dataset.update(
@@ -163,7 +167,7 @@ def _fit_maps(cfg: Config, root: Path) -> tuple[int, list[str]]:
             )
         count = count or len(files)
     stages = [cfg[f'{stage}_dataloader'].dataset.pipeline for stage in ('train', 'val', 'test')]
-    for _, part in runtime.dicts([*stages, cfg.tta_pipeline], 'pipeline'):
+    for _, part in iter_nodes([*stages, cfg.tta_pipeline], 'pipeline'):
         if 'reduce_zero_label' in part:  # number 0 is a class
             part.reduce_zero_label = False
     cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)  # epochs, not steps
@@ -182,10 +186,10 @@ def _fit_folders(cfg: Config, root: Path) -> tuple[int, list[str]]:
     }
     classes = names['train']
     if len(classes) < 2:
-        runtime.fail(f'{folders["train"]} has to hold a folder for each of two classes or more')
+        raise UserError(f'{folders["train"]} has to hold a folder for each of two classes or more')
     odd = sorted(set(classes) ^ set(names['val']))
     if odd:  # a label is the place of its folder
-        runtime.fail(
+        raise UserError(
             f'{folders["train"]} and {folders["val"]} have other classes: {", ".join(odd)} is in one only'
         )
     counts = {}
@@ -194,7 +198,7 @@ def _fit_folders(cfg: Config, root: Path) -> tuple[int, list[str]]:
             files = (folders[split] / name).rglob('*')
             counts[split, name] = sum(path.suffix.lower() in IMAGE_KINDS for path in files)
             if not counts[split, name]:
-                runtime.fail(f'{folders[split] / name} holds no image ({", ".join(IMAGE_KINDS)})')
+                raise UserError(f'{folders[split] / name} holds no image ({", ".join(IMAGE_KINDS)})')
         for stage in stages:
             pipeline = cfg[f'{stage}_dataloader'].dataset.pipeline
             cfg[f'{stage}_dataloader'].dataset = ConfigDict(
@@ -222,9 +226,7 @@ FORMATS: dict[str, Callable[[Config, Path], tuple[int, list[str]]]] = {
 def _first(root: Path, names: Sequence[str], there: Callable[[Path], bool]) -> Path:
     found = next((root / name for name in names if there(root / name)), None)
     if found is None:
-        runtime.fail(
-            f'{root} has none of {", ".join(names)}; see the head of tools/own_data.py for the layout'
-        )
+        raise UserError(f'{root} has none of {", ".join(names)}; see docs/own_data.md for the layout')
     return found
 
 
@@ -246,7 +248,7 @@ def _set_schedule(cfg: Config, epochs: int) -> None:
 
 
 def _train_all_without_weights(backbone: ConfigDict) -> None:
-    """Random layers, which nothing was learned into yet, cannot stay as they are."""
+    """Do not freeze randomly initialized stages."""
     if not backbone.get('init_cfg') and 'frozen_stages' in backbone:
         backbone.update(frozen_stages=-1, norm_eval=False)
-        runtime.note('The backbone starts from random weights: none of its stages is frozen.')
+        note('The backbone starts from random weights: none of its stages is frozen.')

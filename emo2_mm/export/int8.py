@@ -1,4 +1,4 @@
-"""Int8 graphs for tools/export_onnx.py: calibrated on images, and their accuracy."""
+"""Int8 ONNX graphs: calibrated on images, and their accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Iterable, Iterator
 import numpy as np
 from mmengine.config import Config
 from mmengine.runner import Runner
-from onnx_emov2 import import_onnx
+
+from .onnx_network import import_onnx
 
 IMAGES = 256  # at most, for calibration
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -36,7 +37,7 @@ def prepared(paths: Iterable[Path], inferencer: Any, shape: tuple[int, int] | No
     """
     for path in paths:
         data = next(iter(inferencer.preprocess([str(path)], 1)))
-        data = data[1] if isinstance(data, tuple) else data  # MMDetection adds the image
+        data = data[1] if isinstance(data, (list, tuple)) else data  # MMDetection adds the image
         x = inferencer.model.data_preprocessor(data, False)['inputs'].numpy()
         if shape and x.shape[2:] != shape:
             given = 'the graph takes {} x {} (--shape)'.format(*shape)

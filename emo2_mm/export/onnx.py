@@ -1,55 +1,36 @@
-"""Export a classifier, a segmentor, a detector or the backbone alone to ONNX, and check the graph.
-
-    python tools/export_onnx.py CONFIG CHECKPOINT --shape 224 224 --out model.onnx
-
-The graph takes `image`, normalised images (batch, 3, height, width): any number of them, of the size given
-with --shape, or with --dynamic of any size. It gives
-
-    logits                    of a classifier: (batch, classes), before the softmax
-    logits                    of a segmentor: (batch, classes, height, width), before the argmax
-    cls_score_0, bbox_pred_0  of a detector: what its head says of level 0, 1 ..., before boxes are decoded;
-                              of one with two stages rpn_cls_score_0 ... and its neck's maps, feature_0 ...
-    stride_4 ... stride_32    with --backbone: the maps of the stages
-
-Norms are folded into the weights. The metadata of the file (texts; lists and numbers as JSON) say how images
-are normalised and what the classes are called. With --quantize an int8 graph is written, too: NAME_int8.onnx.
-
-The exit code is 0, or 1 if onnxruntime computes something else than torch: then no file is written; or 2 if
-the arguments cannot be used.
-"""
+"""Export a model to ONNX, compare it with torch and write it with the facts that its user needs."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
 import sys
-import warnings
 from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from get_flops import checked, default_shape
-from measuring import in_turns
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
-from onnx_emov2 import OnnxEMOv2, import_onnx, replace, session, trace
-from quantize import accuracies, difference, find_images, prepared, quantize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import emo2_mm
-from emo2_mm import EMOv2
-from emo2_mm.checkpoint import load_backbone_weights
+from ..analysis.complexity import checked, default_shape
+from ..analysis.timing import interleaved
+from ..config import parse_options
+from ..emov2 import EMOv2
+from ..version import __version__
+from ..weights.load import load_backbone_weights
+from .int8 import accuracies, difference, find_images, prepared, quantize
+from .onnx_network import OnnxEMOv2, import_onnx, replace, session, trace
 
 LIMIT = 1e-4  # largest relative error of an output
 ODD_SIZES = [(97, 64), (33, 250)]  # also tried with --dynamic; windows are padded, or larger than the map
@@ -116,9 +97,9 @@ def load(cfg: Config, checkpoint: str, backbone_only: bool) -> Loaded:
         model = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
         inferencer = classes = None
     else:
-        from infer import build  # needs OpenCV and a code base
+        from ..apis import init_inferencer  # needs OpenCV and the library of the config
 
-        inferencer = build(cfg, checkpoint, 'cpu')
+        inferencer = init_inferencer(cfg, checkpoint, 'cpu')
         model = inferencer.model
         classes = list((getattr(model, 'dataset_meta', None) or model._dataset_meta)['classes'])
     backbone = model if backbone_only else model.backbone
@@ -165,7 +146,7 @@ def describe(cfg: Config, loaded: Loaded, size: tuple[int, int] | None) -> dict[
     swapped = any(settings.get(key) for key in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr'))
     multiple = settings.get('size_divisor') or settings.get('pad_size_divisor', 1)
     backbone = cfg.model.backbone
-    versions = {'emo2_mm': emo2_mm.__version__, 'torch': torch.__version__}
+    versions = {'emo2_mm': __version__, 'torch': torch.__version__}
     for name in ('mmengine', 'mmcv', cfg.get('default_scope')):
         if name in sys.modules:
             versions[name] = sys.modules[name].__version__
@@ -229,7 +210,7 @@ def time_beside(
     runs = {name: lambda network=network: network(x) for name, network in networks.items()}
     for name, one in sessions.items():
         runs[name] = lambda one=one: one.run(None, {'image': x.numpy()})
-    rounds = list(in_turns(list(runs.values()), 'cpu'))
+    rounds = list(interleaved(list(runs.values()), 'cpu'))
     threads = torch.get_num_threads()
     table = Table(f'{" x ".join(map(str, size))}, threads: {threads}, rounds: {len(rounds)}')
     for name in ('milliseconds', 'times as fast'):
@@ -256,77 +237,68 @@ def report_accuracy(
     console.print(f'top-1 of {found[0]} validation images: {each}', highlight=False)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='config of MMPretrain, MMSegmentation or MMDetection')
-    parser.add_argument('checkpoint', help='its checkpoint (with --backbone also published weights)')
-    parser.add_argument('--backbone', action='store_true', help='export the backbone alone')
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        '--shape',
-        type=int,
-        nargs='+',
-        metavar='N',
-        help='height and width of the images, or one number for both (default: what the config tests at)',
-    )
-    size.add_argument('--dynamic', action='store_true', help='take images of any size; slightly slower')
-    parser.add_argument('--out', type=Path, help='file to write (default: NAME_OF_CONFIG.onnx)')
-    parser.add_argument(
-        '--quantize',
-        type=Path,
-        metavar='FOLDER',
-        help='also write an int8 graph, calibrated on the images in this folder and the folders in it',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config, such as val_dataloader.dataset.data_root=PATH',
-    )
-    return parser.parse_args()
-
-
 def write(graph: Any, path: Path, console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(graph.SerializeToString())
     console.print(f'{path} ({path.stat().st_size / 1e6:.1f} MB)', soft_wrap=True, highlight=False)
 
 
-def main() -> int:
-    args = parse_args()
+def export_onnx(
+    config: str,
+    checkpoint: str,
+    backbone: bool = False,
+    shape: Sequence[int] | None = None,
+    dynamic: bool = False,
+    out: Path | None = None,
+    quantize_on: Path | None = None,
+    cfg_options: Sequence[str] | None = None,
+) -> int:
+    """Export a model and print how it compares with torch.
+
+    Args:
+        config: Config of MMPretrain, MMSegmentation or MMDetection.
+        checkpoint: Its checkpoint; with ``backbone`` also released weights.
+        backbone: Export the backbone alone.
+        shape: Height and width of the images in pixels, or one number for both. Defaults to the size that
+            the config tests at.
+        dynamic: Take images of any size.
+        out: File to write. Defaults to ``NAME_OF_CONFIG.onnx``.
+        quantize_on: Folder of images; also write an int8 graph that is calibrated on them.
+        cfg_options: ``KEY=VALUE`` texts that override settings of the config.
+
+    Returns:
+        The exit code: 0; 1 if onnxruntime and torch disagree, then no file is written; 2 if the arguments
+        cannot be used.
+    """
     MMLogger.get_current_instance().setLevel(logging.ERROR)
-    warnings.simplefilter('ignore')
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         for name in ('onnx', 'onnxruntime'):
             import_onnx(name)
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = Config.fromfile(config)
+        cfg.merge_from_dict(parse_options(cfg_options))
         if 'backbone' not in cfg.get('model', {}):
-            raise ValueError(f'{args.config}: it has no model with a backbone')
-        if args.quantize and args.backbone:
+            raise ValueError(f'{config}: it has no model with a backbone')
+        if quantize_on and backbone:
             raise ValueError('--quantize needs the whole model, to prepare images; leave out --backbone')
-        images = find_images(args.quantize) if args.quantize else []
-        shape = checked(args.shape) if args.shape else default_shape(cfg)
+        images = find_images(quantize_on) if quantize_on else []
+        shape = checked(shape) if shape else default_shape(cfg)
         with redirect_stdout(io.StringIO()):  # what the code bases say of weights
-            loaded = load(cfg, args.checkpoint, args.backbone)
+            loaded = load(cfg, checkpoint, backbone)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    fixed = None if args.dynamic else shape
+    fixed = None if dynamic else shape
     folded = deployed(loaded.outputs)
-    graph = export(deepcopy(folded), shape, args.dynamic)
+    graph = export(deepcopy(folded), shape, dynamic)
     import_onnx('onnx').helper.set_model_props(graph, describe(cfg, loaded, fixed))
     sessions = {'onnxruntime': session(graph)}
-    sizes = [(1, 3, *shape), (3, 3, *shape)] + [(2, 3, *size) for size in ODD_SIZES if args.dynamic]
+    sizes = [(1, 3, *shape), (3, 3, *shape)] + [(2, 3, *size) for size in ODD_SIZES if dynamic]
     if not compare(loaded.outputs, sessions['onnxruntime'], sizes, console):
         print('error: the graph does not compute what torch does; no file is written', file=sys.stderr)
         return 1
-    name = Path(args.config).stem + ('_backbone' if args.backbone else '')
-    out = args.out or Path(f'{name}.onnx')
+    name = Path(config).stem + ('_backbone' if backbone else '')
+    out = out or Path(f'{name}.onnx')
     write(graph, out, console)
     if images:
         try:
@@ -340,7 +312,3 @@ def main() -> int:
         report_accuracy(cfg, loaded, sessions, some, console)
     time_beside({'torch': loaded.outputs, 'torch, folded': folded}, sessions, (1, 3, *shape), console)
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""EMOv2 in the layout that ONNX Runtime computes fastest: what tools/export_onnx.py traces.
+"""EMOv2 in the layout that ONNX Runtime computes fastest; :mod:`emo2_mm.export.onnx` traces it.
 
 The maps between blocks are (B, C, H, W), and the 1x1 layers next to depth-wise convolutions are
 convolutions: the runtime keeps all of them in a blocked layout of its own. Layer norm, GELU and the linear
@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emo2_mm import EMOv2
-from emo2_mm.attention import SEWMHSA
-from emo2_mm.emov2 import I2RMB
-from emo2_mm.ragged import is_one_window
+from ..attention import SEWMHSA
+from ..emov2 import I2RMB, EMOv2
+from ..ragged import is_one_window
 
 OPSET = 17  # the newest that torch 2.1 writes; it has LayerNormalization
 

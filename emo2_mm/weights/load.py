@@ -1,6 +1,6 @@
 """Weights for the backbone out of any file that may hold them.
 
-A file is read (:func:`emo2_mm.reading.read_checkpoint`), its state dict found and named as in
+A file is read (:func:`emo2_mm.weights.read.read_checkpoint`), its state dict found and named as in
 :class:`emo2_mm.EMOv2` (:func:`find_state_dict`), and that must fill the model (:func:`match_weights`).
 """
 
@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .reading import read_checkpoint
+from .read import read_checkpoint
 
 Weights = Dict[str, Tensor]
 

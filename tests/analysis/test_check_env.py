@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ROOT
+from helpers.tiny import ROOT
 
 TOOL = ROOT / 'tools' / 'check_env.py'
 spec = importlib.util.spec_from_file_location('check_env', TOOL)

@@ -7,12 +7,10 @@ import sys
 
 import pytest
 from PIL import Image
-from tiny import ROOT
+from helpers.tiny import ROOT
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import plot_logs  # noqa: E402
+import plot_logs
 
-sys.path.remove(str(ROOT / 'tools'))
 plt = plot_logs.plt
 
 NEEDED = 'give a work folder with */vis_data/scalars.json in it'

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
-from tiny import BACKBONE, CLASSIFIER, DETECTOR, SEGMENTOR, imported, write_config
+from helpers.tiny import BACKBONE, CLASSIFIER, DETECTOR, SEGMENTOR, imported, write_config
 
 from emo2_mm import EMOv2
 from emo2_mm.attention import SEWMHSA, add_windows, split_windows

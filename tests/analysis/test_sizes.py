@@ -14,14 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from tiny import ROOT
+from helpers.tiny import ROOT
 from torch import nn
 
 from emo2_mm.attention import SEWMHSA
 
 TOOL = ROOT / 'tools' / 'get_flops.py'
-sys.path.insert(0, str(TOOL.parent))
-import model_zoo  # noqa: E402
+import model_zoo
 
 # The paper's: parameters, and multiply-adds in millions at 224 x 224.
 CLASSIFIERS = {

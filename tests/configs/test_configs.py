@@ -13,13 +13,12 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from tiny import ROOT, SIDE, write_data
+from helpers.tiny import ROOT, SIDE, write_data
 
 from emo2_mm import EMOv2
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import runtime  # noqa: E402
-import train  # noqa: E402
+import runtime
+import train
 
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
@@ -53,7 +52,7 @@ def shrink(node: Any) -> None:
 def read_tiny_data(cfg: Config, data: Path) -> None:
     """Let a config train on the tiny data set, through its own pipeline."""
     cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False, pin_memory=False)
-    dataset = runtime.innermost(cfg.train_dataloader.dataset)
+    dataset = innermost_dataset(cfg.train_dataloader.dataset)
     shrink(dataset.pipeline)
     pipeline = dataset.pipeline
     if cfg.default_scope == 'mmpretrain':

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 from mmengine.config import Config
-from tiny import ROOT
+from helpers.tiny import ROOT
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import model_zoo  # noqa: E402
+import model_zoo
 
 MODELS = model_zoo.models()
 PUBLISHED = [model for model in MODELS if 'Results' in model]
@@ -63,7 +62,7 @@ def test_check_names_what_has_drifted(copy, main):
     page.write_text(text.replace('41.5', '41.6'), encoding='utf-8')
     status, errors = main('--check')
     assert status == 1
-    assert errors == 'error: MODEL_ZOO.md differs from the metafiles; run python tools/model_zoo.py\n'
+    assert errors == 'error: MODEL_ZOO.md differs from the metafiles; run scripts/model_zoo.py\n'
 
     page.write_text(text, encoding='utf-8')
     metafile = copy / 'configs' / 'det' / 'metafile.yml'

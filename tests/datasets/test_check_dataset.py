@@ -14,20 +14,17 @@ from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from PIL import Image
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, run, write_config, write_data
 
-sys.path.insert(0, str(ROOT / 'tools'))
 
-import check_dataset  # noqa: E402
-
-sys.path.remove(str(ROOT / 'tools'))
+import check_dataset
 
 
 def real(path, data):
     """What a shipped config says of its data and its heads, with one of the tiny data sets."""
     cfg = Config.fromfile(ROOT / 'configs' / path)
     for stage in ('train', 'val'):
-        check_dataset.runtime.innermost(cfg[f'{stage}_dataloader'].dataset).update(data)
+        check_dataset.innermost_dataset(cfg[f'{stage}_dataloader'].dataset).update(data)
     if 'ann_file' in data:
         cfg.val_evaluator.ann_file = f'{data["data_root"]}/{data["ann_file"]}'
     keys = ('default_scope', 'model', 'train_dataloader', 'val_dataloader', 'val_evaluator')

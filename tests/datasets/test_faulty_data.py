@@ -14,7 +14,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
-from tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, imported, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, imported, run, write_config, write_data
 
 MASKED = DETECTOR.replace('with_bbox=True', 'with_bbox=True, with_mask=True')
 LOADED = "dict(type='LoadAnnotations'), "

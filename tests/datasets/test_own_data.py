@@ -11,11 +11,10 @@ from typing import Any, Callable
 import pytest
 from mmengine.config import Config
 from PIL import Image
-from tiny import ROOT, run, write_data
+from helpers.tiny import ROOT, run, write_data
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import own_data  # noqa: E402
-import runtime  # noqa: E402
+import own_data
+import runtime
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/*/*_custom.py'))
 RETINANET = 'configs/det/retinanet_emo2_1m_custom.py'
@@ -93,9 +92,9 @@ def test_config_becomes_a_plain_one(data: Path, name: str) -> None:
     """Classes in heads and data sets, files that are there, an evaluation each epoch; the best stays."""
     cfg = complete(name, data)
     assert not {'data_root', 'data_format', 'max_epochs'} & set(cfg)
-    runtime.check_data(cfg, 'train', 'val', 'test')
+    check_data(cfg, 'train', 'val', 'test')
     names = ('ground', 'box') if '/seg/' in name else ('dark', 'light')
-    counts = [part.num_classes for _, part in runtime.dicts(cfg.model, 'model') if 'num_classes' in part]
+    counts = [part.num_classes for _, part in iter_nodes(cfg.model, 'model') if 'num_classes' in part]
     assert counts == [2] * len(counts) != []
     for stage in ('train', 'val', 'test'):
         assert cfg[f'{stage}_dataloader'].dataset.metainfo.classes == names
@@ -107,7 +106,7 @@ def test_config_becomes_a_plain_one(data: Path, name: str) -> None:
     assert hook.save_best == best[name.split('/')[1]]
     assert (hook.get('by_epoch', True), hook.get('interval', 1)) == (True, 1)
     assert cfg.train_dataloader.batch_size == 2  # there are no more images
-    assert not [x for _, x in runtime.dicts(cfg._to_lazy_dict(), '') if x.get('reduce_zero_label')]
+    assert not [x for _, x in iter_nodes(cfg._to_lazy_dict(), '') if x.get('reduce_zero_label')]
 
 
 def test_other_configs_stay_as_they_are() -> None:
@@ -161,7 +160,7 @@ def test_layouts_of_boxes(data: Path, tmp_path: Path, annotations: str, images: 
         shutil.copy(data / f'annotations/{split}.json', tmp_path / 'new' / annotations.format(place))
         for file in (data / 'images' / split).iterdir():
             shutil.copy(file, tmp_path / 'new' / images.format(place))
-    runtime.check_data(complete(RETINANET, new), 'train', 'val', 'test')
+    check_data(complete(RETINANET, new), 'train', 'val', 'test')
 
 
 def test_maps_of_numbers_up_to_the_last_class(data: Path) -> None:
@@ -286,7 +285,7 @@ def test_trains_evaluates_and_infers(data: Path, tmp_path: Path, name: str) -> N
     loaders = [cfg[f'{stage}_dataloader'] for stage in ('train', 'val', 'test')]
     for loader in loaders:
         loader.update(num_workers=0, persistent_workers=False)
-    for _, part in runtime.dicts([*loaders, cfg.model.get('data_preprocessor') or {}], 'config'):
+    for _, part in iter_nodes([*loaders, cfg.model.get('data_preprocessor') or {}], 'config'):
         for key in {'scale', 'crop_size', 'size'} & set(part):
             part[key] = 64 if isinstance(part[key], int) else (64, 64)
     small = tmp_path / 'small.py'

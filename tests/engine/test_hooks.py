@@ -19,16 +19,15 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 from test_distributed import free_port
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
 from torch import Tensor, nn
 
 from emo2_mm import EMOv2
-from emo2_mm.checkpoint import load_backbone_weights
+from emo2_mm.weights.load import load_backbone_weights
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import runtime  # noqa: E402
-import test as test_tool  # noqa: E402
-import train as train_tool  # noqa: E402
+import runtime
+import test as test_tool
+import train as train_tool
 
 TEXTS = {'mmdet': DETECTOR, 'mmpretrain': CLASSIFIER, 'mmseg': SEGMENTOR}
 

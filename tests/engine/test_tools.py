@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import pytest
 from mmengine.config import Config, ConfigDict
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
 
 CASES = {
     'mmdet': (DETECTOR, 'coco/bbox_mAP: '),

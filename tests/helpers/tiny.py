@@ -1,23 +1,17 @@
-"""Data sets and configs so small that training takes seconds, and a way to run the tools."""
+"""Datasets and configs that train within seconds, and a function that runs the tools."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Iterator
 
 import numpy as np
-from mmengine.logging import MMLogger
-from mmengine.runner import CheckpointLoader
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIDE = 64
 
 ARCH = 'dict(depths=(1, 1, 2, 1), channels=(8, 12, 16, 24), expand_ratios=(2, 2, 2, 2), head_dim=8)'
@@ -208,16 +202,3 @@ def run(folder: Path, *command: object, **env: str) -> subprocess.CompletedProce
         text=True,
         timeout=240,
     )
-
-
-@contextmanager
-def imported(tool: str) -> Iterator[ModuleType]:
-    """A tool as a module; how MMEngine reads checkpoints and how much it says is put back afterwards."""
-    schemes, level = CheckpointLoader._schemes.copy(), MMLogger.get_current_instance().level
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        yield importlib.import_module(tool)
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-        CheckpointLoader._schemes = schemes
-        MMLogger.get_current_instance().setLevel(level)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from test_emov2 import tiny
-from tiny import BACKBONE, CLASSIFIER, DETECTOR, ROOT, imported, run, write_config, write_data
+from helpers.tiny import BACKBONE, CLASSIFIER, DETECTOR, ROOT, imported, run, write_config, write_data
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 # Kept by each process: the images it saw, and its weights at the end.

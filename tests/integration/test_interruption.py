@@ -20,7 +20,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
-from tiny import CLASSIFIER, ROOT, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, ROOT, run, write_config, write_data
 
 pytest.importorskip('mmpretrain')
 

@@ -14,7 +14,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from test_distributed import free_port
-from tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
 from torch import distributed
 from torch.multiprocessing import spawn
 

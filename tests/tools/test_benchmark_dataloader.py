@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from mmengine.config import Config
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
 
 
 @pytest.fixture

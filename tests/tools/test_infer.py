@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from PIL import Image
-from tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, imported, run, write_config
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, imported, run, write_config
 
 TEXTS = {'mmdet': DETECTOR, 'mmseg': SEGMENTOR, 'mmpretrain': CLASSIFIER}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import generated_state_dict, golden_cases, normal, relative_error
+from helpers.golden import generated_state_dict, golden_cases, normal, relative_error
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import MODELS
@@ -26,8 +26,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from emo2_mm import EMOv2
-from emo2_mm.checkpoint import find_arch, find_state_dict, load_backbone_weights
-from emo2_mm.reading import read_checkpoint
+from emo2_mm.weights.load import find_arch, find_state_dict, load_backbone_weights
+from emo2_mm.weights.read import read_checkpoint
 
 ARCHS = EMOv2.arch_settings
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import generated_state_dict, golden_cases, normal, relative_error
-from tiny import ROOT, imported
+from helpers.golden import generated_state_dict, golden_cases, normal, relative_error
+from helpers.tiny import ROOT, imported
 
 from emo2_mm import EMOv2, __version__
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import generated_state_dict
+from helpers.golden import generated_state_dict
 from mmengine.config import Config
 from test_checkpoint import BOMBS, assert_equal, logging_objects, other, prefixed
 from test_infer import TEXTS, model_of
-from tiny import DETECTOR, imported, run, write_config, write_data
+from helpers.tiny import DETECTOR, imported, run, write_config, write_data
 from torch.hub import HASH_REGEX
 
 from emo2_mm import EMOv2, __version__
-from emo2_mm.checkpoint import find_state_dict, match_weights
-from emo2_mm.reading import read_checkpoint
+from emo2_mm.weights.load import find_state_dict, match_weights
+from emo2_mm.weights.read import read_checkpoint
 
 CFG = "model = dict(type='RetinaNet')\n"
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DATA = Path(__file__).parent / 'data'
+DATA = Path(__file__).parents[1] / 'data'
 
 
 def golden_cases() -> list[dict[str, Any]]:

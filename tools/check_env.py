@@ -1,0 +1,30 @@
+"""Report what is wrong with the Python environment that runs this, and how to fix it.
+
+MMEngine's ``collect_env`` describes an environment that works. This judges one, also where torch, mmcv or
+another package is missing or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--json', action='store_true', help='print everything that was found, as JSON')
+    args = parser.parse_args()
+    # Run from its file: the package itself cannot be imported where torch or mmengine is missing
+    package = importlib.util.find_spec('emo2_mm')
+    tools = Path(__file__).resolve().parent
+    folder = Path(package.origin).parent if package and package.origin else tools.parent / 'emo2_mm'
+    return runpy.run_path(str(folder / 'analysis/environment.py'))['report'](args.json)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
