@@ -15,7 +15,12 @@ from .weights.save import recipe_of, write_weights
 
 
 def convert(src: str, dst: Path) -> str:
-    """Write ``dst`` and say what was written."""
+    """Write ``dst``; return a line that describes it.
+
+    Raises:
+        OSError: If a file does not exist or cannot be written.
+        ValueError: If ``src`` is not a released classifier.
+    """
     if os.path.exists(src) and dst.exists() and os.path.samefile(src, dst):
         raise ValueError(f'{dst}: DST is SRC itself; give another name')
     content = read_checkpoint(src)
@@ -23,7 +28,7 @@ def convert(src: str, dst: Path) -> str:
         weights = find_state_dict(content)
         arch = find_arch(weights, EMOv2.arch_settings)
         if arch is None:
-            raise ValueError(f'these are weights of none of the archs {list(EMOv2.arch_settings)}')
+            raise ValueError(f'the weights match none of the archs {list(EMOv2.arch_settings)}')
         state_dict = classifier_state_dict(weights, EMOv2(arch, final_norm=True))
     except ValueError as error:
         raise ValueError(f'{src}: {error}') from None
@@ -38,7 +43,7 @@ def convert(src: str, dst: Path) -> str:
 
 
 def find_recipe(src: str, arch: str, content: Any) -> str | None:
-    """Name the config of the training. Only the name of a published file tells whether it had a teacher."""
+    """Name of the training config. Only the file name tells whether a released file was distilled."""
     published = re.search(rf'EMOv2_{arch}(_224|_224_KD|_512_KD)\.pth$', src, re.IGNORECASE)
     if published:
         return f'emo2_{arch}' + published[1].lower().replace('_224', '')

@@ -1,6 +1,6 @@
-"""Training of a classifier that also learns from a larger one; needs MMPretrain.
+"""Knowledge distillation: train a classifier with labels and with a larger classifier as teacher.
 
-A config brings it in by itself with ``type='emo2_mm.distill.DistilledImageClassifier'``.
+Needs MMPretrain (extra ``cls``). Use it in a config as ``type='emo2_mm.distill.DistilledImageClassifier'``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ except ModuleNotFoundError as error:
 
 
 class Teacher:
-    """A trained classifier that is only asked.
+    """A frozen classifier used for inference only.
 
-    It is no module, and so none of the parts of a model that holds it: nothing of it is trained, averaged,
-    synchronised between processes, saved or put into another mode; a copy of the model asks the same
-    teacher. It is built when training begins, and works where the images are.
+    It is not an ``nn.Module``, so not a part of the model that uses it: it is not trained, averaged (EMA),
+    synchronized between processes, saved or switched to training mode, and copies of the model share it. It
+    is built when training starts, and moves to the device of the images.
 
     Args:
-        cfg: Config of a classifier of MMPretrain, and where its weights come from: ``pretrained``, a file
-            or an address (for ``TimmClassifier`` True, or else ``checkpoint_path``, a file). Its
-            ``data_preprocessor`` says what becomes of an image of 0..255, as for any classifier.
-        size: Height and width in pixels of the images it is shown.
+        cfg: Config of a classifier of MMPretrain with the source of its weights: ``pretrained``, a file or
+            URL (for ``TimmClassifier`` True, or ``checkpoint_path``, a file). Its ``data_preprocessor``
+            normalizes images of 0..255, as in any classifier.
+        size: Height and width in pixels of its input images.
 
     Raises:
         ValueError: If ``cfg`` names no weights or ``size`` is not positive.
@@ -50,9 +50,7 @@ class Teacher:
         self.network: nn.Module | None = None
         self.name = cfg.get('model_name') or cfg.get('type')
         if not (cfg.get('pretrained') or cfg.get('checkpoint_path')):
-            raise ValueError(
-                f'the teacher {self.name} has no trained weights; name them with model.teacher.pretrained'
-            )
+            raise ValueError(f'the teacher {self.name} has no trained weights; set model.teacher.pretrained')
         if size < 1:
             raise ValueError(f'teacher_size is {size}; give a positive number of pixels')
 
@@ -60,15 +58,15 @@ class Teacher:
         return self
 
     def build(self) -> None:
-        """Build the network and load its weights, unless that is done.
+        """Build the network and load its weights; does nothing the second time.
 
         Raises:
-            RuntimeError: If a package or the weights are missing, or the weights do not fit.
+            RuntimeError: If a package or the weights are missing, or the weights do not match.
         """
         if self.network is not None:
             return
         cfg = deepcopy(self.cfg)
-        file = cfg.pop('checkpoint_path', None)  # timm would run code that it may hold
+        file = cfg.pop('checkpoint_path', None)  # timm would unpickle it
         try:
             network = MODELS.build(cfg)
             if isinstance(network, ImageClassifier):  # others load theirs when they are built
@@ -84,12 +82,12 @@ class Teacher:
                     'give a file of them with --cfg-options model.teacher.pretrained=False '
                     'model.teacher.checkpoint_path=FILE'
                 )
-            raise RuntimeError(f'the teacher {self.name} cannot be had: {error}\n{remedy}') from error
+            raise RuntimeError(f'could not load teacher {self.name}: {error}\n{remedy}') from error
         self.network = network.requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Score images (N, 3, H, W) as they were loaded, BGR in 0..255; gives (N, classes)."""
+        """Logits (N, classes) of images (N, 3, H, W) as they were loaded: BGR in 0..255."""
         self.build()
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode='bilinear', antialias=True)
@@ -99,18 +97,18 @@ class Teacher:
 
 @MODELS.register_module()
 class DistilledImageClassifier(ImageClassifier):
-    """An image classifier that learns from labels and from what a teacher makes of the same images.
+    """Image classifier trained with labels and soft distillation from a teacher.
 
-    The loss is the head's own (``loss_cls``) and ``distill_weight`` times the Kullback-Leibler divergence
-    of the teacher's softmax from the student's, at temperature 1, summed over classes, mean over the batch
-    (``loss_kd``). Without its teacher this is an ``ImageClassifier``: parameters, checkpoints and
-    predictions are the same.
+    The loss is the sum of the head's own loss (``loss_cls``) and ``distill_weight`` times the
+    Kullback-Leibler divergence between the softmax outputs of teacher and student at temperature 1, summed
+    over classes, averaged over the batch (``loss_kd``). Parameters, checkpoints and predictions are those of
+    ``ImageClassifier``.
 
     Args:
-        teacher: Config of the teacher, see :class:`Teacher`. It must know the student's classes.
-        teacher_size: Height and width in pixels of the images that the teacher is shown; those of the
-            student are resized to it.
-        distill_weight: Factor of the divergence.
+        teacher: Config of the teacher, see :class:`Teacher`. It must have the classes of the student.
+        teacher_size: Height and width in pixels of the teacher's input; the images are resized to it.
+            Defaults to 224.
+        distill_weight: Factor of the divergence. Defaults to 5.
         train_window_size: Side of the attention windows of EMOv2 in training mode, for images that are
             larger than in evaluation. Defaults to the backbone's ``window_size`` in both modes.
         **kwargs: See ``ImageClassifier``.
@@ -140,12 +138,12 @@ class DistilledImageClassifier(ImageClassifier):
         self.train()
 
     def init_weights(self) -> None:
-        """Initialise the student, and build the teacher, before anything is spent on training."""
+        """Initialize the student, and build the teacher, so that a missing teacher fails before training."""
         super().init_weights()
         self.teacher.build()
 
     def train(self, mode: bool = True) -> DistilledImageClassifier:
-        """Set the mode of the student, and its windows."""
+        """Set the mode of the student, and its window size for that mode."""
         super().train(mode)
         for attention, training, evaluation in self.windows:
             attention.window_size = training if mode else evaluation
@@ -159,19 +157,19 @@ class DistilledImageClassifier(ImageClassifier):
             data_samples: Their labels.
 
         Returns:
-            ``loss_cls``, ``loss_kd`` and what else the head computes, such as accuracies.
+            ``loss_cls``, ``loss_kd`` and other values of the head, such as accuracies.
 
         Raises:
-            ValueError: If teacher and student do not score the same number of classes.
+            ValueError: If teacher and student have different numbers of classes.
         """
         feats = self.extract_feat(inputs)
         losses = self.head.loss(feats, data_samples)
-        losses['loss_cls'] = losses.pop('loss')  # `loss` is the name of the sum in the logs
+        losses['loss_cls'] = losses.pop('loss')  # in the logs, `loss` is the sum
         student, teacher = self.head(feats), self.teacher(self.restore(inputs))
         if student.shape != teacher.shape:
             raise ValueError(
-                f'the teacher {self.teacher.name} scores {teacher.shape[-1]} classes, the student '
-                f'{student.shape[-1]}; take a teacher of the same classes'
+                f'the teacher {self.teacher.name} has {teacher.shape[-1]} classes, the student '
+                f'{student.shape[-1]}; use a teacher with the same classes'
             )
         divergence = F.kl_div(
             student.float().log_softmax(1),
@@ -183,7 +181,7 @@ class DistilledImageClassifier(ImageClassifier):
         return losses
 
     def restore(self, inputs: Tensor) -> Tensor:
-        """Undo the normalisation: images (N, 3, H, W) as they were loaded, BGR in 0..255."""
+        """Undo the normalization: images (N, 3, H, W) as they were loaded, BGR in 0..255."""
         images, preprocessor = inputs.float(), self.data_preprocessor
         if hasattr(preprocessor, 'mean'):
             images = images * preprocessor.std + preprocessor.mean

@@ -1,6 +1,6 @@
-"""The head of SSD, which MMDetection 3.3 trains but cannot evaluate; needs MMDetection.
+"""SSDHead that MMDetection 3.3 can evaluate; needs MMDetection (extra ``det``).
 
-A config brings it in by itself with ``type='emo2_mm.ssd.SSDHead'``.
+Use it in a config as ``type='emo2_mm.ssd.SSDHead'``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ except ModuleNotFoundError as error:
 
 
 class SSDHead(_SSDHead):
-    """MMDetection's head of the same name, with the same arguments.
+    """MMDetection's ``SSDHead``, with the same arguments, that also predicts.
 
-    Where a head predicts, MMDetection 3.3 looks into its ``loss_cls`` for custom channels. That of SSD
-    has none: its classification loss is no module.
+    MMDetection 3.3 reads ``self.loss_cls`` in ``predict``; its own ``SSDHead`` never sets that attribute.
     """
 
     loss_cls = None

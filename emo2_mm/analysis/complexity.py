@@ -1,4 +1,4 @@
-"""Count the parameters and multiply-adds of a config's model; no data set is needed."""
+"""Count the parameters and multiply-adds of a config's model; no dataset is needed."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def build(model_cfg: dict[str, Any]) -> nn.Module:
     """Build a model in eval mode with random weights: nothing is loaded."""
     model_cfg = dict(model_cfg)
     if 'teacher' in model_cfg:  # a distilled classifier is its student
-        parts = {key: model_cfg[key] for key in ('backbone', 'neck', 'head') if key in model_cfg}
-        model_cfg = dict(type='ImageClassifier', **parts)
+        student = {key: model_cfg[key] for key in ('backbone', 'neck', 'head') if key in model_cfg}
+        model_cfg = {'type': 'ImageClassifier', **student}
     model = MODELS.build(model_cfg)
     return revert_sync_batchnorm(model).eval()  # SyncBN may refuse to work on a CPU
 

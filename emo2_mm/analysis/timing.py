@@ -27,18 +27,18 @@ def seconds(run: Run, device: str) -> float:
 
 
 def interleaved(runs: Sequence[Run], device: str, rounds: int | None = None) -> Iterator[list[float]]:
-    """Time several things in turns (A B B A A B ...), so that a busy machine is busy for all of them.
+    """Time several functions in alternation (A B B A A B ...), so that load on the machine affects all.
 
-    Each runs once untimed before it is timed, and so finds the heap and the caches as it leaves them itself:
-    after something that gives its memory back to the system, anything needs fresh pages.
+    Each runs once untimed right before it is timed, so that it finds heap and caches in the state that it
+    leaves: after a function that returns memory to the system, the next one pays for page faults.
 
     Args:
-        runs: What is timed.
+        runs: Functions to time.
         device: 'cpu' or 'cuda'.
-        rounds: Number of rounds. Defaults to as many as fit ``SECONDS``, but from 6 to 60.
+        rounds: Number of rounds. Defaults to as many as fit into ``SECONDS``, between 6 and 60.
 
     Yields:
-        The seconds that each took in one round.
+        Seconds of each function in one round.
     """
     for run in runs:
         run()

@@ -1,7 +1,8 @@
-"""Weights for the backbone out of any file that may hold them.
+"""Load backbone weights from released files and checkpoints of OpenMMLab.
 
-A file is read (:func:`emo2_mm.weights.read.read_checkpoint`), its state dict found and named as in
-:class:`emo2_mm.EMOv2` (:func:`find_state_dict`), and that must fill the model (:func:`match_weights`).
+Three steps: read the file (:func:`emo2_mm.weights.read.read_checkpoint`), find its state dict and rename the
+keys to those of :class:`emo2_mm.EMOv2` (:func:`find_state_dict`), match names and shapes
+(:func:`match_weights`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .read import read_checkpoint
 
 Weights = Dict[str, Tensor]
 
-# Where a state dict lies, best first. MMEngine's EMAHook swaps the averaged weights into
-# 'state_dict' as it saves, and the raw ones into 'ema_state_dict': that counts only where alone.
+# Keys of the state dict, in order of preference. When MMEngine's EMAHook saves, 'state_dict' holds the
+# averaged weights and 'ema_state_dict' the raw ones, so the latter is used only if it is alone.
 WRAPPERS = ('net_E', 'net', 'state_dict_ema', 'state_dict', 'ema_state_dict')
 
-# Published name -> our name, applied in this order; our own names pass unchanged.
+# Released name -> name in EMOv2, applied in this order; names of EMOv2 stay as they are.
 RENAMES = (
     (r'^stage0\.0\.(conv|norm)\.', r'stem.\1.'),
     (r'^stage0\.1\.conv\.', 'stem.depthwise.'),
@@ -41,16 +42,16 @@ RENAMES = (
 
 
 def load_backbone_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Fill a backbone, in place, with the weights of a file.
+    """Load the weights of a file into a backbone, in place.
 
     Args:
         model: An :class:`emo2_mm.EMOv2`; its dtype and device stay.
-        path: A published file or a checkpoint of MMPretrain, MMDetection, MMSegmentation or
+        path: A released file or a checkpoint of MMPretrain, MMDetection, MMSegmentation or
             MMEngine: a local path or an ``http(s)://`` address.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If the file cannot be read safely, or does not hold the model's weights.
+        ValueError: If the file cannot be read safely, or does not contain the model's weights.
     """
     content = read_checkpoint(path)
     try:
@@ -64,20 +65,20 @@ def load_backbone_weights(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def find_state_dict(content: Any) -> Weights:
-    """Find the weights in what a file holds, and name them as the backbone does.
+    """Find the state dict in the content of a file, with the names of the backbone.
 
     Args:
-        content: A bare state dict, or a dict that holds one under one of ``WRAPPERS``.
+        content: A state dict, or a dict that has one under a key of ``WRAPPERS``.
 
     Returns:
-        Name to tensor. Of a whole model only the backbone, without its prefix, and the linear
-        classifier ``head.fc`` are kept.
+        Name to tensor. From a checkpoint of a whole model it keeps the backbone, without its prefix, and
+        the linear classifier ``head.fc``.
 
     Raises:
         ValueError: If there is no state dict.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f'it holds a {type(content).__name__}, not a state dict')
+        raise ValueError(f'it contains a {type(content).__name__}, not a state dict')
     candidates = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
     for candidate in [*candidates, content]:
         weights = {
@@ -88,7 +89,7 @@ def find_state_dict(content: Any) -> Weights:
         if weights:
             break
     else:
-        raise ValueError(f'it holds no weights; its keys are: {_some(content)}')
+        raise ValueError(f'it contains no weights; its keys are: {_some(content)}')
     if any(name.startswith('backbone.') for name in weights):
         weights = {
             re.sub(r'^backbone\.((module|_orig_mod)\.)*', '', name): value
@@ -105,20 +106,20 @@ def _rename(name: str) -> str:
 
 
 def match_weights(weights: Weights, model: nn.Module) -> Weights:
-    """Bring weights into the shapes of a backbone, and insist that they fill it.
+    """Match names and shapes with a backbone; raise if anything is missing.
 
-    Left out silently: the classifier, the final norm and the late stages where the model has none,
-    and the step counter of an averaged model.
+    Parts that the model does not have are dropped: the classifier, the final norm, later stages, and the
+    step counter of an averaged model.
 
     Args:
-        weights: What :func:`find_state_dict` gives.
+        weights: Result of :func:`find_state_dict`.
         model: An :class:`emo2_mm.EMOv2`; it is not changed.
 
     Returns:
-        A tensor for each parameter and buffer of the model; batch counters only if given.
+        A tensor for each parameter and buffer of the model; ``num_batches_tracked`` only if the file has it.
 
     Raises:
-        ValueError: If any is missing, unexpected or of another shape.
+        ValueError: If a weight is missing, unexpected or of another shape; the message lists them.
     """
     own = model.state_dict()
     matched, missing, misshaped = {}, [], []
@@ -146,7 +147,7 @@ def match_weights(weights: Weights, model: nn.Module) -> Weights:
             lines.append(f'{len(names)} {label}: {_some(names)}')
     arch = find_arch(weights, model.arch_settings)
     if arch and arch != find_arch(own, model.arch_settings):
-        lines.append(f'the file holds arch {arch!r}; set arch={arch!r}')
+        lines.append(f'the file contains arch {arch!r}; set arch={arch!r}')
     elif arch and misshaped:
         lines.append(
             f'the file has the depths and channels of arch {arch!r} but other shapes, as a network '
@@ -158,13 +159,13 @@ def match_weights(weights: Weights, model: nn.Module) -> Weights:
 
 
 def _reshape(tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """View a 1x1 convolution as a linear weight and a (1, C, 1, 1) factor as a (C) vector."""
+    """Reshape a 1x1 convolution to a linear weight, (1, C, 1, 1) to (C,); None if the shapes do not match."""
     published = {1: (1, *shape, 1, 1), 2: (*shape, 1, 1)}.get(len(shape))
     return tensor.reshape(shape) if tuple(tensor.shape) in (shape, published) else None
 
 
 def _unused(name: str, own: Weights) -> bool:
-    """Whether a weight belongs to a part that a backbone with the weights ``own`` lacks."""
+    """Whether a weight belongs to a part that a backbone with the state dict ``own`` does not have."""
     stage = re.match(r'stages\.[0-3]\.', name)
     if stage:
         return not any(known.startswith(stage[0]) for known in own)
@@ -172,7 +173,7 @@ def _unused(name: str, own: Weights) -> bool:
 
 
 def find_arch(weights: Weights, arch_settings: dict[str, dict[str, Any]]) -> str | None:
-    """Name the arch whose depths and channels the weights have, or None."""
+    """Name of the arch with the depths and channels of these weights; None if there is none."""
     sizes: dict[int, tuple[int, ...]] = {}  # stage: depth, channels
     for name, tensor in weights.items():
         found = re.match(r'stages\.(\d+)\.\d+\.project\.weight$', name)
@@ -191,16 +192,16 @@ def classifier_state_dict(weights: Weights, backbone: nn.Module) -> Weights:
     """Make the state dict of an MMPretrain ``ImageClassifier`` with a ``LinearClsHead``.
 
     Args:
-        weights: What :func:`find_state_dict` gives.
+        weights: Result of :func:`find_state_dict`.
         backbone: An :class:`emo2_mm.EMOv2` with ``final_norm=True``; it is not changed.
 
     Raises:
-        ValueError: If the weights lack the classifier or do not fit the backbone.
+        ValueError: If the classifier is missing, or the weights do not match the backbone.
     """
     head = {name: weights.get(name) for name in ('head.fc.weight', 'head.fc.bias')}
     if any(tensor is None for tensor in head.values()):
         raise ValueError(
-            'it holds no classifier head (head.weight and head.bias), as files of detection and '
+            'it has no classifier head (head.weight and head.bias), like files of detection and '
             'segmentation; only classification files can be converted'
         )
     matched = match_weights(weights, backbone)

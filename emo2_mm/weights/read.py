@@ -1,7 +1,7 @@
-"""Checkpoint files read as data: no code of a file runs.
+"""Read a checkpoint file as plain data, without executing any of it.
 
-Taken are safetensors, which can hold nothing but tensors, and torch's zip format: in the older ones torch
-before 2.6 runs code of the file even under ``weights_only`` (CVE-2025-32434).
+Supported are safetensors, which can hold nothing but tensors, and torch's zip format. Torch's older formats
+are refused: torch before 2.6 executes code of such files even with ``weights_only=True`` (CVE-2025-32434).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from mmengine.logging import print_log
 
 from .unpickle import RESAVE, CheckStorages, StateDictPickle
 
-META_JSON = {'epoch': int, 'iter': int, 'dataset_meta': dict}  # text in safetensors: JSON of this kind
+META_JSON = {'epoch': int, 'iter': int, 'dataset_meta': dict}  # JSON texts in the metadata of safetensors
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
-    """Read a file of :func:`torch.save` or of safetensors without running code of it.
+    """Read a file of :func:`torch.save` or of safetensors without executing code from it.
 
     Args:
         path: A local path, or an ``http(s)://`` address, downloaded once into torch's cache.
 
     Returns:
-        Plain data, and tensors on the CPU. Numbers of numpy become Python's; its arrays and the logging
-        objects of an MMEngine checkpoint are replaced by empty ones. A file of safetensors gives
+        Plain data, and tensors on the CPU. NumPy scalars become Python numbers; NumPy arrays and the
+        logging objects of an MMEngine checkpoint become empty placeholders. A file of safetensors gives
         ``state_dict`` and, from its metadata, ``meta``.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If the file is of another kind, is damaged, or needs code to be run.
-        ImportError: If the file is one of safetensors, and that package is not installed.
+        ValueError: If the file is of another kind, is damaged, or would need code to be executed.
+        ImportError: If it is a safetensors file and the package safetensors is not installed.
     """
     local = _download(str(path)) if '://' in str(path) else Path(path).expanduser()
     if local.is_dir():
@@ -54,7 +54,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             return _read_safetensors(local) if _is_safetensors(file) else _read_zip(file)
         except ImportError:
             raise
-        except Exception as error:  # whatever a damaged or hostile file leads to
+        except Exception as error:  # a damaged or malicious file may raise anything
             message = f'{type(error).__name__}: {error}'.splitlines()[0]
             raise ValueError(f'{local}: cannot be read: {message}') from error
 
@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 def _download(url: str) -> Path:
     if urlparse(url).scheme not in ('http', 'https'):
         raise ValueError(f'{url}: give a local path or an http:// or https:// address')
-    # Many files are called latest.pth: tell them apart by their whole address.
+    # Many files are called latest.pth: the hash of the whole address tells them apart.
     name = f'{sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
     target = Path(torch.hub.get_dir(), 'checkpoints', name)
     if not target.exists():
@@ -76,7 +76,7 @@ def _download(url: str) -> Path:
 
 
 def _is_safetensors(file: BinaryIO) -> bool:
-    """Whether a file begins with the length of a JSON object and that object."""
+    """Whether a file starts with the length of a JSON object and that object."""
     file.seek(0)
     return file.read(9)[8:] == b'{'
 
@@ -90,7 +90,7 @@ def _read_safetensors(path: Path) -> Any:
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         meta: dict[str, Any] = file.metadata() or {}
     for name, kind in META_JSON.items():
-        with suppress(KeyError, RecursionError, ValueError):  # text of another program
+        with suppress(KeyError, RecursionError, ValueError):  # text that another program wrote
             value = json.loads(meta[name])
             meta[name] = value if type(value) is kind else meta[name]
     if isinstance(meta.get('dataset_meta'), dict):
@@ -99,7 +99,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def restore_colours(dataset_meta: dict[str, Any]) -> None:
-    """Make a palette's colours tuples, in place: JSON has none, and MMDetection draws with no lists."""
+    """Convert the colours of a palette to tuples, in place: JSON has lists, MMDetection needs tuples."""
     palette = dataset_meta.get('palette')
     if isinstance(palette, list):
         dataset_meta['palette'] = [
@@ -108,7 +108,7 @@ def restore_colours(dataset_meta: dict[str, Any]) -> None:
 
 
 def _wrong_kind(file: BinaryIO) -> str | None:
-    """Say what a file is, if it is neither safetensors nor a zip archive, and what to do."""
+    """Describe a file that is neither safetensors nor a zip archive, and the remedy; None if it is one."""
     if _is_safetensors(file):
         return None
     file.seek(0)
@@ -132,18 +132,18 @@ def _wrong_kind(file: BinaryIO) -> str | None:
 
 def _read_zip(file: BinaryIO) -> Any:
     file.seek(0)
-    reader = torch._C.PyTorchFileReader(file)  # the parser of torch.load: both see the same records
-    records = reader.get_all_records()
+    reader = torch._C.PyTorchFileReader(file)  # the parser that torch.load uses: both see the same records
+    records = reader.get_all_records()  # type: ignore[attr-defined]  # missing in torch's stubs
     if 'constants.pkl' in records:
-        raise ValueError('a TorchScript archive, which holds code; save the state_dict() instead')
+        raise ValueError('a TorchScript archive, which contains code; save the state_dict() instead')
     if 'data.pkl' not in records:
         raise ValueError('a zip archive, but not one of torch.save')
     CheckStorages(reader).load()
     try:
         file.seek(0)
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1's own use
+            warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1 uses it itself
             return torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:  # torch refuses logging objects, which ALLOWED replaces
+    except pickle.UnpicklingError:  # torch refuses MMEngine's logging objects; ALLOWED replaces them
         file.seek(0)
         return torch.load(file, map_location='cpu', pickle_module=StateDictPickle)

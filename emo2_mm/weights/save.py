@@ -1,4 +1,4 @@
-"""Weights to hand on, in a file: what tools/publish_model.py and tools/convert_checkpoint.py write."""
+"""Save weights with their metadata to a file of torch.save or safetensors."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from torch import Tensor
 def write_weights(
     path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any], add_hash: bool = False
 ) -> Path:
-    """Write weights and what is known of them, whole or not at all.
+    """Write weights and metadata atomically: the file is complete or not there.
 
-    The same content gives the same bytes, in every run.
+    The same content gives the same bytes in every run.
 
     Args:
-        path: File to write: of safetensors if its name ends in ``.safetensors``, else of ``torch.save``, as
-            ``{'meta': meta, 'state_dict': state_dict}``. Missing folders are made.
+        path: File to write: safetensors if its name ends in ``.safetensors``, else ``torch.save`` of
+            ``{'meta': meta, 'state_dict': state_dict}``. Missing folders are created.
         state_dict: Name to tensor.
-        meta: Plain data. What is not text becomes JSON in a file of safetensors, which knows text only.
-        add_hash: Whether the first 8 digits of the file's SHA-256 go into its name, as in
-            ``NAME-1a2b3c4d.pth``, where ``torch.hub`` looks for them.
+        meta: Plain data. Safetensors stores text only, so other values become JSON there.
+        add_hash: Append the first 8 digits of the file's SHA-256 to its name, as ``torch.hub`` expects:
+            ``NAME-1a2b3c4d.pth``.
 
     Returns:
-        The path written.
+        Path of the file.
 
     Raises:
-        OSError: If it cannot be written; what was there stays.
+        OSError: If it cannot be written; an existing file stays as it was.
         ValueError: If ``path`` is a folder, or the package safetensors is missing.
     """
     path = path.expanduser()
     if path.is_dir():
         raise ValueError(f'{path}: a folder; give a name for the file in it')
-    # a view would bring along all it is a view of, and safetensors takes none
+    # torch.save would store the whole storage of a view, and safetensors refuses views
     state_dict = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
@@ -47,7 +47,7 @@ def write_weights(
     if path.suffix == '.safetensors':
         data = _safetensors(path, state_dict, meta)
     else:
-        buffer = io.BytesIO()  # given a path, torch would write its name into the file
+        buffer = io.BytesIO()  # with a path, torch would store the file name
         torch.save({'meta': meta, 'state_dict': state_dict}, buffer)
         data = buffer.getvalue()
     if add_hash:
@@ -57,7 +57,7 @@ def write_weights(
     part = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         part.write_bytes(data)
-        os.replace(part, path)  # there is never half a file under this name
+        os.replace(part, path)  # atomic: never a partial file under this name
     finally:
         if part.exists():
             part.unlink()
@@ -65,10 +65,10 @@ def write_weights(
 
 
 def recipe_of(content: Any) -> str | None:
-    """Name the config that a checkpoint was trained with, if it says so itself."""
+    """Name of the config that a checkpoint was trained with; None if its metadata does not tell."""
     meta = content.get('meta') if isinstance(content, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
-    run = re.fullmatch(r'(.+)_\d{8}_\d{6}', str(meta.get('experiment_name')))  # config and begin of a run
+    run = re.fullmatch(r'(.+)_\d{8}_\d{6}', str(meta.get('experiment_name')))  # config name and start time
     recipe = run[1] if run else meta.get('recipe')
     return recipe if isinstance(recipe, str) else None
 
@@ -82,7 +82,7 @@ def _safetensors(path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any]
     data = save(state_dict, texts)
     start = 8 + int.from_bytes(data[:8], 'little')
     header = json.loads(data[8:start])
-    header['__metadata__'] = texts  # safetensors writes it in another order each time
+    header['__metadata__'] = texts  # safetensors itself writes it in random order
     text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b' ' * (-len(text) % 8)  # tensors are aligned to 8 bytes
     return len(text).to_bytes(8, 'little') + text + data[start:]

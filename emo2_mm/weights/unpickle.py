@@ -21,7 +21,7 @@ RESAVE = (
 
 
 class _Dropped:
-    """Stands for an object that no state dict needs: accepts anything, keeps and does nothing."""
+    """Placeholder for an object that a state dict does not need; ignores its arguments and state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Dropped:
         return object.__new__(cls)
@@ -34,14 +34,14 @@ class _Dropped:
 
 
 class _Dict(dict):
-    """An ``OrderedDict`` to which a file can give no attributes."""
+    """Replaces ``OrderedDict``; a file cannot set attributes on it."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class _Rebuild:
-    """A function that a file can call but, unlike a plain one, not change."""
+    """Function that a file can call but not modify, as it could a plain Python function."""
 
     __slots__ = ('function',)
 
@@ -52,18 +52,18 @@ class _Rebuild:
         return self.function(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError('it changes a function')
+        raise pickle.UnpicklingError('it modifies a function')
 
 
 def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
-    """Build a tensor without the hooks and metadata that a file may give it."""
+    """Build a tensor; hooks and metadata from the file are dropped."""
     if isinstance(storage, _Dropped):
         return storage
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
 
 
 class _NumberType:
-    """A dtype of numpy, by its code such as 'f8', without the state that a file may give it."""
+    """NumPy dtype, given by its code such as 'f8'; of its state only the byte order is kept."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code = code
@@ -73,8 +73,8 @@ class _NumberType:
 
 
 def _number(kind: Any, data: Any) -> Any:
-    """A number of numpy, as a metric is that was the best so far."""
-    size = NUMBER_FORMATS.get(getattr(kind, 'code', None))
+    """NumPy scalar -> Python number (e.g. ``best_score``)."""
+    size = NUMBER_FORMATS.get(getattr(kind, 'code', ''))
     if size is None or type(data) is not bytes:
         return _Dropped()
     return struct.unpack(('>' if getattr(kind, 'swapped', False) else '<') + size, data)[0]
@@ -85,12 +85,12 @@ NUMBER_FORMATS = {
     **{'u8': 'Q', 'u4': 'I', 'u2': 'H', 'u1': 'B', 'b1': '?'},
 }
 
-# All that a file may name. What is not here is never imported, so it cannot be called.
+# The allow-list. Whatever is not here is never imported, so it cannot be called.
 ALLOWED = {
     'collections.OrderedDict': _Dict,
     'torch._utils._rebuild_tensor_v2': _Rebuild(_tensor),
     'torch._utils._rebuild_parameter': _Rebuild(lambda tensor, *_: tensor),
-    # MMEngine's message hub; getattr is how the methods of a HistoryBuffer are written
+    # MMEngine's message hub; pickle stores the methods of a HistoryBuffer through getattr
     'mmengine.logging.history_buffer.HistoryBuffer': _Dropped,
     '__builtin__.getattr': _Dropped,
     'builtins.getattr': _Dropped,
@@ -100,9 +100,9 @@ ALLOWED = {
     'numpy.core.multiarray.scalar': _Rebuild(_number),
     'numpy._core.multiarray._reconstruct': _Dropped,
     'numpy._core.multiarray.scalar': _Rebuild(_number),
-    '_codecs.encode': _Rebuild(lambda text, _: text.encode('latin1')),  # the bytes of a number
-    'collections.Counter': _Rebuild(lambda counts=(): Counter(dict(counts))),  # a MultiStepLR
-    'argparse.Namespace': _Dropped,  # timm's arguments
+    '_codecs.encode': _Rebuild(lambda text, _: text.encode('latin1')),  # the bytes of a scalar
+    'collections.Counter': _Rebuild(lambda counts=(): Counter(dict(counts))),  # milestones of MultiStepLR
+    'argparse.Namespace': _Dropped,  # training arguments of timm
     '__builtin__.set': _Dropped,
     'builtins.set': _Dropped,
     'pathlib.PosixPath': _Dropped,
@@ -121,23 +121,22 @@ ITEM_BYTES = {
 
 
 class StateDictPickle:
-    """A ``pickle_module`` for :func:`torch.load`, which adds the storages itself."""
+    """A ``pickle_module`` for :func:`torch.load`, which resolves the storages itself."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if f'{module}.{name}' not in ALLOWED:
                 raise pickle.UnpicklingError(
-                    f'it names {module}.{name}, which is not among the harmless things: refused, not run; '
-                    f'{RESAVE}'
+                    f'{module}.{name} is not on the allow-list; refused (nothing was executed); {RESAVE}'
                 )
             return ALLOWED[f'{module}.{name}']
 
 
 class CheckStorages(StateDictPickle.Unpickler):
-    """Goes through a file without making a tensor: its names, and the size of each storage.
+    """Check the names in a file and the size of each storage, without building a tensor.
 
-    Torch before 2.10 believes the sizes that a file states, under ``weights_only`` too, and reads
-    and writes beyond the data.
+    Torch before 2.10 trusts the sizes that a file states, also with ``weights_only=True``, and reads and
+    writes out of bounds.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -152,7 +151,7 @@ class CheckStorages(StateDictPickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Dropped:
         kind, item_bytes, key, _, count = pid
         if kind != 'storage' or type(key) is not str:
-            raise pickle.UnpicklingError(f'it holds {pid}, which is not a storage')
+            raise pickle.UnpicklingError(f'it contains {pid}, which is not a storage')
         size = len(self.reader.get_record(f'data/{key}'))
         if size != item_bytes * count:
             raise pickle.UnpicklingError(f'data/{key} has {size} bytes, not {item_bytes * count}')
