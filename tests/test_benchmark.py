@@ -6,21 +6,18 @@ import json
 import sys
 from typing import Any
 
+import benchmark
+import measuring
 import pytest
 import torch
+from benchmark import Case
 from helpers.golden import normal, relative_error
-from test_emov2 import CASES, TINY, golden_model, logits_of, name_of
-from helpers.tiny import ROOT
+from helpers.networks import CASES, TINY, golden_model, logits_of, name_of
+from plain_emov2 import PlainEMOv2, copy_weights
 from torch import nn
 
 from emo2_mm import EMOv2
-
-
-import benchmark
-import measuring
-from benchmark import Case
-from plain_emov2 import PlainEMOv2, copy_weights
-
+from emo2_mm.analysis import timing
 
 SMALL = (4, 96, 80, 3)  # batch, height, width, window
 
@@ -157,16 +154,16 @@ class TestMeasuring:
     def test_turns_alternate_and_belong_to_their_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[str] = []
         clock = iter(range(1000))
-        monkeypatch.setattr(measuring.time, 'perf_counter', lambda: next(clock))
+        monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock))
         runs = [lambda: calls.append('a'), lambda: [calls.append('b'), next(clock)]]
-        rounds = list(measuring.in_turns(runs, 'cpu', 3))
+        rounds = list(timing.interleaved(runs, 'cpu', 3))
         assert ''.join(calls[4:]) == 'aabbbbaaaabb'  # each once untimed, once timed
         assert rounds == [[1, 2]] * 3
 
     def test_rounds_follow_from_the_time_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for spent, rounds in ((0.01, 60), (0.2, 20), (100.0, 6)):
-            monkeypatch.setattr(measuring, 'seconds', lambda run, device, spent=spent: spent / 2)
-            assert len(list(measuring.in_turns([int, int], 'cpu'))) == rounds
+            monkeypatch.setattr(timing, 'seconds', lambda run, device, spent=spent: spent / 2)
+            assert len(list(timing.interleaved([int, int], 'cpu'))) == rounds
 
     def test_peak_is_what_is_held_at_once(self) -> None:
         def run() -> None:

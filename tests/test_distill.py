@@ -15,19 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers.tiny import CLASSIFIER, ROOT, SIDE, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from helpers.tiny import CLASSIFIER, ROOT, SIDE, run, write_config, write_data
 from torch import Tensor
 
 pytest.importorskip('mmpretrain')
+from helpers.teacher import classifier, write_teacher  # noqa: E402
 from mmpretrain.models import BaseClassifier, ImageClassifier  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
 from mmpretrain.structures import DataSample  # noqa: E402
-from helpers.teacher import classifier, write_teacher  # noqa: E402
 
 from emo2_mm.attention import SEWMHSA  # noqa: E402
 from emo2_mm.distill import DistilledImageClassifier  # noqa: E402

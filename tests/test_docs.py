@@ -21,6 +21,8 @@ from typing import Any, Iterator, NamedTuple
 import pytest
 import torch
 from helpers.golden import generated_state_dict
+from helpers.processes import arguments_given
+from helpers.tiny import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import MMLogger
@@ -28,8 +30,6 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_from_local
 from mmengine.utils import is_installed
-from test_distributed import arguments_given
-from helpers.tiny import ROOT
 
 import emo2_mm
 from emo2_mm import EMOv2

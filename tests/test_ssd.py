@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from helpers.tiny import ROOT
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from helpers.tiny import ROOT
 
 pytest.importorskip('mmdet')
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import runpy
-import sys
 from pathlib import Path
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--json', action='store_true', help='print everything that was found, as JSON')
-    args = parser.parse_args()
-    # Run from its file: the package itself cannot be imported where torch or mmengine is missing
+    parser.parse_args()
+    # Run from its file: the package itself cannot be imported where torch or mmengine is missing. As __main__,
+    # for the process that tries the packages imports its functions from there.
     package = importlib.util.find_spec('emo2_mm')
     tools = Path(__file__).resolve().parent
     folder = Path(package.origin).parent if package and package.origin else tools.parent / 'emo2_mm'
-    return runpy.run_path(str(folder / 'analysis/environment.py'))['report'](args.json)
+    runpy.run_path(str(folder / 'analysis/environment.py'), run_name='__main__')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -383,3 +383,7 @@ def report(as_json: bool = False) -> int:
             print(f'{level}: {what}. Cure: {cure}.')
         print(f'{len(findings) or "No"} finding{"s" * (len(findings) != 1)}.')
     return any(finding.level == 'error' for finding in findings)
+
+
+if __name__ == '__main__':  # run from its file where the package cannot be imported
+    sys.exit(report('--json' in sys.argv))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,19 +11,18 @@ import sys
 import pytest
 from helpers.tiny import ROOT
 
+from emo2_mm.analysis import environment
+
 TOOL = ROOT / 'tools' / 'check_env.py'
-spec = importlib.util.spec_from_file_location('check_env', TOOL)
-check_env = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_env)
 
 BASES = {'mmpretrain': '1.2.0', 'mmdet': '3.3.0', 'mmseg': '1.2.2'}
-CLASSIC = check_env.Environment(
+CLASSIC = environment.Environment(
     python='3.11.2',
     installed={
         **{'mmengine': '0.10.7', 'mmcv': '2.1.0', 'opencv-python': '4.10.0.84', 'torchvision': '0.16.2'},
         **{'mmpretrain': '1.2.0', 'mmdet': '3.3.0', 'mmsegmentation': '1.2.2', 'torch': '2.1.2'},
     },
-    present=list(check_env.NEEDS),
+    present=list(environment.NEEDS),
     modules={
         **{'numpy': '1.26.4', 'torch': '2.1.2+cu121', 'torchvision': '0.16.2+cu121', 'cv2': '4.10.0'},
         **{'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmcv.ops': '', 'emo2_mm': '0.1.0', 'pkg_resources': ''},
@@ -57,7 +55,7 @@ FORKS = CLASSIC._replace(
 def fail(env, name, error):
     """The environment with a module that fails, and so what needs it untried."""
     lost = {name}
-    for other, needs in check_env.NEEDS.items():
+    for other, needs in environment.NEEDS.items():
         if lost.intersection(needs):
             lost.add(other)
     working = {key: value for key, value in env.modules.items() if key not in lost}
@@ -194,20 +192,20 @@ FAULTS = [
 
 @pytest.mark.parametrize(('env', 'level', 'what', 'cure'), FAULTS, ids=[fault[2] for fault in FAULTS])
 def test_fault_is_named_with_its_cure(env, level, what, cure):
-    (found,) = (finding for finding in check_env.judge(env) if 'CVE' not in finding.what)
+    (found,) = (finding for finding in environment.judge(env) if 'CVE' not in finding.what)
     assert found.level == level
     assert what in found.what
     assert cure in found.cure
 
 
 def test_good_environments():
-    (hole,) = check_env.judge(CLASSIC)
+    (hole,) = environment.judge(CLASSIC)
     assert hole.level == 'warning'
-    assert check_env.judge(FORKS) == []
+    assert environment.judge(FORKS) == []
     twice = {**FORKS.installed, 'opencv-python-headless': FORKS.installed['opencv-python']}
-    assert check_env.judge(FORKS._replace(installed=twice)) == []
-    assert check_env.judge(without(FORKS, 'pkg_resources')) == []  # which nothing there imports
-    assert check_env.judge(NO_GPU._replace(torch_cuda=None))[1:] == []
+    assert environment.judge(FORKS._replace(installed=twice)) == []
+    assert environment.judge(without(FORKS, 'pkg_resources')) == []  # which nothing there imports
+    assert environment.judge(NO_GPU._replace(torch_cuda=None))[1:] == []
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_good_environments():
 )
 def test_loading_holes(torch, holes):
     env = version(FORKS._replace(torchvision_wants=''), 'torch', torch)
-    found = check_env.judge(env)
+    found = environment.judge(env)
     assert [finding.level for finding in found] == ['warning'] * bool(holes)
     text = ''.join(finding.what for finding in found)
     assert ('CVE-2025-32434, closed in 2.6' in text) == (holes == 2)
@@ -225,18 +223,18 @@ def test_loading_holes(torch, holes):
 
 
 def test_code_base_that_works_was_told_to_accept_the_version():
-    assert [finding.level for finding in check_env.judge(version(CLASSIC, 'mmcv', '2.2.0'))] == ['warning']
+    assert [finding.level for finding in environment.judge(version(CLASSIC, 'mmcv', '2.2.0'))] == ['warning']
 
 
 def test_cures_fit_the_python():
     for python, name in [('3.11.2', 'classic.txt mmengine'), ('3.12.1', 'onedl.txt onedl-mmengine')]:
-        nothing = check_env.Environment(python, installed={}, present=[], modules={})
-        cures = [finding.cure for finding in check_env.judge(nothing)]
+        nothing = environment.Environment(python, installed={}, present=[], modules={})
+        cures = [finding.cure for finding in environment.judge(nothing)]
         assert f'pip install -c requirements/{name}' in cures
 
 
 def test_worst_comes_first():
-    found = check_env.judge(without(NO_RESOURCES, *BASES))
+    found = environment.judge(without(NO_RESOURCES, *BASES))
     assert [finding.level for finding in found] == ['error', 'warning', 'note']
 
 
@@ -289,6 +287,9 @@ def doctor(tmp_path):
             path = tmp_path / 'packages' / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        package = tmp_path / ('packages' if packages else '') / 'emo2_mm'
+        (package / 'analysis').mkdir(parents=True)
+        shutil.copy(environment.__file__, package / 'analysis')
         for name, text in dict(tools).items():
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
@@ -323,7 +324,7 @@ def test_crash_is_a_finding_and_the_rest_is_still_tried(doctor):
     assert done.returncode == 1
     assert 'error: torchvision 0.26.0 does not fit torch 2.11.0: it crashes Python. Cure: pip' in done.stdout
     states = {
-        line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[: len(check_env.NEEDS) + 1]
+        line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[: len(environment.NEEDS) + 1]
     }
     assert states['mmcv.ops'] == states['emo2_mm'] == 'works'
     assert states['mmdet'] == 'tried'  # not tried
@@ -377,13 +378,13 @@ def test_environment_at_hand():
     done = subprocess.run([sys.executable, TOOL, '--json'], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert set(report['modules']) >= set(check_env.NEEDS) - {'pkg_resources'}
+    assert set(report['modules']) >= set(environment.NEEDS) - {'pkg_resources'}
     assert report['modules']['torch'] == torch.__version__
     assert report['modules']['mmcv'] == mmcv.__version__
     bounds = ['mmcv', mmpretrain.mmcv_minimum_version, mmpretrain.mmcv_maximum_version]
     assert bounds in report['limits']['mmpretrain']
     holes = [finding['level'] for finding in report['findings'] if 'CVE' in finding['what']]
-    assert holes == ['warning'] * (check_env.release(torch.__version__) < (2, 10))
+    assert holes == ['warning'] * (environment.release(torch.__version__) < (2, 10))
 
 
 @pytest.mark.slow

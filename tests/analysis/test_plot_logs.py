@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
+from helpers.tiny import call_tool
 from PIL import Image
-from helpers.tiny import ROOT
 
-import plot_logs
-
-plt = plot_logs.plt
+from emo2_mm.analysis import training_log
 
 NEEDED = 'give a work folder with */vis_data/scalars.json in it'
 
@@ -44,19 +41,9 @@ def main(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['plot_logs.py', *map(str, args)])
-        return plot_logs.main(), capsys.readouterr().err
+        return call_tool('plot_logs.py', *args), capsys.readouterr().err
 
     return run
-
-
-@pytest.fixture
-def figure(monkeypatch):
-    """Keep the figures that are drawn: this gives the last."""
-    monkeypatch.setattr(plt, 'close', lambda fig: None)
-    yield plt.gcf
-    monkeypatch.undo()
-    plt.close('all')
 
 
 def panels(figure):
@@ -71,7 +58,7 @@ def test_pieces_of_a_resumed_run(tmp_path):
     write(tmp_path, first)
     second = [*training(25, 30, epoch_length=10, loss=2.0), validation(3, mIoU=3.0)]
     write(tmp_path, second, '20260102_000000')
-    run = plot_logs.read_run(tmp_path, 'run')
+    run = training_log.read_run(tmp_path, 'run')
     assert run.curve('loss', in_epochs=False) == ([5, 10, 15, 20, 25, 30], [1, 1, 1, 1, 2, 2])
     assert run.curve('mIoU', in_epochs=True) == ([1, 2, 3], [1, 2, 3])
 
@@ -82,7 +69,7 @@ def test_run_begun_anew(tmp_path, epoch_length):
     val = 3 if epoch_length else 30
     write(tmp_path, [*training(10, 20, 30, epoch_length=epoch_length, loss=1.0), validation(val, mIoU=1.0)])
     write(tmp_path, training(10, 20, epoch_length=epoch_length, loss=2.0), '20260102_000000')
-    run = plot_logs.read_run(tmp_path, 'run')
+    run = training_log.read_run(tmp_path, 'run')
     assert run.curve('loss', in_epochs=False) == ([10, 20], [2, 2])
     assert 'mIoU' not in run.logged()
 
@@ -91,34 +78,34 @@ def test_validation_after_the_last_line_of_a_piece_is_kept(tmp_path):
     """A run by iterations is resumed where it validated."""
     write(tmp_path, [*training(50, 100), validation(100, mIoU=1.0)])
     write(tmp_path, [*training(150, 200), validation(200, mIoU=2.0)], '20260102_000000')
-    assert plot_logs.read_run(tmp_path, 'run').curve('mIoU', in_epochs=False) == ([100, 200], [1, 2])
+    assert training_log.read_run(tmp_path, 'run').curve('mIoU', in_epochs=False) == ([100, 200], [1, 2])
 
 
 def test_last_line_that_was_cut_off(tmp_path):
     file = write(tmp_path, training(10, 20)) / '20260101_000000/vis_data/scalars.json'
     file.write_text(file.read_text() + '{"lr": 0.1, "lo')
-    assert plot_logs.read_run(tmp_path, 'run').curve('loss', in_epochs=False)[0] == [10, 20]
+    assert training_log.read_run(tmp_path, 'run').curve('loss', in_epochs=False)[0] == [10, 20]
     file.write_text(file.read_text() + '\n{"lr": 0.1, "step": 30}\n')
     with pytest.raises(ValueError, match='line 3 is not JSON'):
-        plot_logs.read_run(tmp_path, 'run')
+        training_log.read_run(tmp_path, 'run')
 
 
 @pytest.mark.parametrize('given', ['', '20260101_000000', '20260101_000000/vis_data/scalars.json'])
 def test_ways_to_name_a_run(tmp_path, given):
     write(tmp_path, training(10))
-    assert list(plot_logs.read_run(tmp_path / given, 'run').train) == [10]
+    assert list(training_log.read_run(tmp_path / given, 'run').train) == [10]
 
 
 def test_only_numbers_are_read(tmp_path):
     write(tmp_path, training(10, note='text', parts=[1, 2], grad_norm=float('nan')))
-    assert plot_logs.read_run(tmp_path, 'run').logged() == ['lr', 'loss', 'grad_norm']
+    assert training_log.read_run(tmp_path, 'run').logged() == ['lr', 'loss', 'grad_norm']
 
 
 def test_epochs(tmp_path):
     """Every 20th step of 90 is logged, the last ones of an epoch not; broken off in the third."""
     steps = [90 * epoch + 20 * i for epoch in range(3) for i in range(1, 5)][:-1]
     lines = [*training(*steps, epoch_length=90), validation(1, mAP=0.1), validation(3, mAP=0.3)]
-    run = plot_logs.read_run(write(tmp_path, lines), 'run')
+    run = training_log.read_run(write(tmp_path, lines), 'run')
     assert run.epoch_length == 90
     assert run.curve('mAP', in_epochs=True) == ([1, 3], [0.1, 0.3])
     assert run.curve('mAP', in_epochs=False) == ([90, 270], [0.1, 0.3])
@@ -126,11 +113,12 @@ def test_epochs(tmp_path):
 
 
 def test_first_epoch(tmp_path):
-    assert plot_logs.read_run(write(tmp_path, training(50, 100, epoch_length=100)), 'run').epoch_length == 100
+    run = training_log.read_run(write(tmp_path, training(50, 100, epoch_length=100)), 'run')
+    assert run.epoch_length == 100
 
 
 def test_run_without_epochs(tmp_path):
-    run = plot_logs.read_run(write(tmp_path, [*training(50, 100), validation(100, mIoU=1.0)]), 'run')
+    run = training_log.read_run(write(tmp_path, [*training(50, 100), validation(100, mIoU=1.0)]), 'run')
     assert run.epoch_length is None
     assert run.curve('mIoU', in_epochs=False) == ([100], [1])
 

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import BACKBONE, CLASSIFIER, DETECTOR, SEGMENTOR, call_tool, write_config
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
-from helpers.tiny import BACKBONE, CLASSIFIER, DETECTOR, SEGMENTOR, imported, write_config
 
 from emo2_mm import EMOv2
+from emo2_mm.analysis import attention_maps
 from emo2_mm.attention import SEWMHSA, add_windows, split_windows
 
 SIZES = [(6, 6, 3), (6, 9, 3), (5, 7, 3), (2, 1, 4), (4, 4, 4)]  # height, width, window
 ARCH = dict(depths=(1, 1, 3, 2), channels=(8, 12, 16, 24), expand_ratios=(2, 2, 2, 2), head_dim=8)
 
 
-@pytest.fixture(scope='module')
-def tool():
-    with imported('show_windows') as module:
-        yield module
-
-
 @pytest.fixture
-def main(tool, monkeypatch, capsys, tmp_path):
+def main(monkeypatch, capsys, tmp_path):
     """Run the tool in this process; returns its exit status and its errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['show_windows.py', *map(str, args)])
-        return tool.main(), capsys.readouterr().err
+        return call_tool('show_windows.py', *args), capsys.readouterr().err
 
     return run
-
-
-@pytest.fixture
-def figure(tool, monkeypatch):
-    """Keep the figures that are drawn: this gives the last."""
-    drawn = []
-    monkeypatch.setattr(tool.plt, 'close', drawn.append)
-    yield lambda: drawn[-1]
-    monkeypatch.undo()
-    for fig in drawn:
-        tool.plt.close(fig)
 
 
 def attention_module(window):
@@ -61,18 +42,18 @@ def padded(x, window):
 
 
 @pytest.mark.parametrize(('h', 'w', 'window'), SIZES)
-def test_attention_times_v_is_the_output_of_the_module(tool, h, w, window):
+def test_attention_times_v_is_the_output_of_the_module(h, w, window):
     module = attention_module(window)
     x = torch.randn(2, h, w, 16, dtype=torch.double)
     y = padded(x, window)
     q, k = (split_windows(part, window, module.heads) for part in module.qk(y).chunk(2, dim=-1))
     v = split_windows(module.act(module.v(y)), window, module.heads)
-    ours = add_windows(tool.attend(q, k) @ v, window, y.shape[1] // window, y.shape[2] // window)
+    ours = add_windows(attention_maps.attend(q, k) @ v, window, y.shape[1] // window, y.shape[2] // window)
     torch.testing.assert_close(ours[:, :h, :w], module(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(('h', 'w', 'window'), SIZES)
-def test_attention_of_each_token_lies_in_its_windows(tool, h, w, window):
+def test_attention_of_each_token_lies_in_its_windows(h, w, window):
     module = attention_module(window)
     qk = module.qk(padded(torch.randn(1, h, w, 16, dtype=torch.double), window)).detach()
     rows, columns = qk.shape[1:3]
@@ -83,7 +64,7 @@ def test_attention_of_each_token_lies_in_its_windows(tool, h, w, window):
         neighbour = [(i * window + a, j * window + b) for a, b in np.ndindex(window, window)]
         i, j = row % n1, column % n2
         distant = [(a * n1 + i, b * n2 + j) for a, b in np.ndindex(window, window)]
-        maps = tool.attention_of((row, column), qk, window, heads=4)
+        maps = attention_maps.attention_of((row, column), qk, window, heads=4)
         for found, tokens in zip(maps, (neighbour, distant)):
             logits = torch.stack(
                 [(q[row, column] * k[token]).sum(-1) / 2 for token in tokens]
@@ -94,12 +75,12 @@ def test_attention_of_each_token_lies_in_its_windows(tool, h, w, window):
             torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-def test_stages_of_a_backbone(tool):
+def test_stages_of_a_backbone():
     """At (130, 70) of an image of 100 x 150 pixels, in the blocks' mean."""
     torch.manual_seed(0)
     backbone = EMOv2(ARCH, window_size=3, layer_scale_init_value=1.0).eval()
     x = torch.randn(1, 3, 100, 150)
-    stages = tool.look(backbone, x, (130, 70))
+    stages = attention_maps.look(backbone, x, (130, 70))
     assert [(s.stride, s.blocks, s.shape) for s in stages] == [(16, 2, (7, 10)), (32, 1, (4, 5))]
     assert [s.maps.shape for s in stages] == [(2, 9, 12), (2, 6, 6)]
     given = []
@@ -107,14 +88,14 @@ def test_stages_of_a_backbone(tool):
         module.register_forward_pre_hook(lambda module, args: given.append((module, args[0])))
     with torch.no_grad():
         backbone(x)
-        maps = [tool.attention_of((4, 8), m.qk(padded(y, 3)), 3, m.heads) for m, y in given]
+        maps = [attention_maps.attention_of((4, 8), m.qk(padded(y, 3)), 3, m.heads) for m, y in given]
     assert not np.allclose(*maps, equal_nan=True)
     np.testing.assert_allclose(stages[0].maps, torch.stack(maps).mean(0), rtol=1e-4)
 
 
-def test_backbone_is_left_as_it_was(tool):
+def test_backbone_is_left_as_it_was():
     backbone = EMOv2(ARCH, window_size=3).eval()
-    tool.look(backbone, torch.randn(1, 3, 64, 64), (0, 0))
+    attention_maps.look(backbone, torch.randn(1, 3, 64, 64), (0, 0))
     assert not any(module._forward_hooks for module in backbone.modules())
 
 
@@ -127,7 +108,7 @@ def test_backbone_is_left_as_it_was(tool):
     ],
     ids=['rgb, padded', 'bgr', 'classification'],
 )
-def test_input_is_that_of_the_preprocessor(tool, settings):
+def test_input_is_that_of_the_preprocessor(settings):
     pytest.importorskip(settings['type'].split('.')[0])
     settings = dict(mean=[120.0, 110.0, 100.0], std=[50.0, 60.0, 70.0], **settings)
     image = np.random.RandomState(0).randint(0, 256, (40, 50, 3), np.uint8)  # BGR
@@ -139,7 +120,7 @@ def test_input_is_that_of_the_preprocessor(tool, settings):
     else:
         data = dict(inputs=inputs[None])
     expected = MODELS.build(settings)(data)['inputs']
-    ours = tool.normalise(image[..., ::-1], Config(dict(model=dict(data_preprocessor=settings))))
+    ours = attention_maps.normalise(image[..., ::-1], Config(dict(model=dict(data_preprocessor=settings))))
     torch.testing.assert_close(ours, expected)
 
 
@@ -152,12 +133,12 @@ def test_input_is_that_of_the_preprocessor(tool, settings):
         ('mmpretrain', dict(type='CenterCrop', crop_size=20), (60, 100)),
     ],
 )
-def test_size_is_that_of_testing_without_crop(tool, scope, step, shape):
+def test_size_is_that_of_testing_without_crop(scope, step, shape):
     pytest.importorskip(scope)
     pipeline = [dict(type='LoadImageFromFile'), step]
     data = dict(dataset=dict(type='RepeatDataset', dataset=dict(pipeline=pipeline)))
     cfg = Config(dict(default_scope=scope, test_dataloader=data))
-    assert tool.resize(np.zeros((60, 100, 3), np.uint8), cfg).shape == (*shape, 3)
+    assert attention_maps.resize(np.zeros((60, 100, 3), np.uint8), cfg).shape == (*shape, 3)
 
 
 def save(tmp_path, config):
@@ -186,20 +167,20 @@ def test_picture(main, figure, tmp_path, text):
         assert windows.get_ylabel() == 'stride 16, 1 blocks\n3 x 4 tokens\nwindows of 4 x 4'
 
 
-def test_shares_of_attention_are_told(tool, figure, tmp_path):
+def test_shares_of_attention_are_told(figure, tmp_path):
     """4 x 4 tokens, of which the last row and column are padding; one of them is the most attended."""
     maps = np.full((2, 4, 4), 0.04)
     maps[0, 1, 1], maps[0, 3, 3] = 0.14, 0.3
     maps[1, :, 3] = maps[1, 3] = 0.0
     maps[1, 0, 0] = 0.68
-    stage = tool.Stage(16, 2, (3, 3), maps)
-    tool.draw([stage], np.zeros((48, 48, 3), np.uint8), (5, 5), tmp_path / 'windows.png')
+    stage = attention_maps.Stage(16, 2, (3, 3), maps)
+    attention_maps.draw([stage], np.zeros((48, 48, 3), np.uint8), (5, 5), tmp_path / 'windows.png')
     _, neighbour, distant = figure().axes
     assert neighbour.get_xlabel() == 'brightest token 14.0%  (even: 6.2%)  padding 54%'
     assert distant.get_xlabel() == 'brightest token 68.0%  (even: 6.2%)'
     heat = neighbour.images[1].get_array()
     assert np.unravel_index(heat[:3, :3].sum(-1).argmax(), (3, 3)) == (1, 1)
-    np.testing.assert_allclose(heat[1, 1], [*tool.plt.get_cmap('inferno')(1.0)[:3], 0.95])
+    np.testing.assert_allclose(heat[1, 1], [*attention_maps.colormaps['inferno'](1.0)[:3], 0.95])
 
 
 def test_refused(main, tmp_path):

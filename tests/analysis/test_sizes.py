@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,17 +9,18 @@ import sys
 from pathlib import Path
 
 import mmengine
+import model_zoo
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import ROOT, call_tool
 from mmengine.config import Config
-from helpers.tiny import ROOT
 from torch import nn
 
+from emo2_mm.analysis import complexity
 from emo2_mm.attention import SEWMHSA
 
 TOOL = ROOT / 'tools' / 'get_flops.py'
-import model_zoo
 
 # The paper's: parameters, and multiply-adds in millions at 224 x 224.
 CLASSIFIERS = {
@@ -37,21 +37,12 @@ RETINANETS = {'1m': 157.7, '2m': 162.6, '5m': 175.3, '20m': 242.4}
 MODELS = {model['Name']: model for model in model_zoo.models()}
 
 
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('get_flops', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def main(tool, monkeypatch, capsys):
+def main(capsys):
     """Run the tool in this process; returns its exit status, its output and its errors."""
 
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, args)])
-        return (tool.main(), *capsys.readouterr())
+        return (call_tool('get_flops.py', *args), *capsys.readouterr())
 
     return run
 
@@ -72,9 +63,9 @@ def emo2(**kwargs):
 
 
 @pytest.mark.parametrize('arch', CLASSIFIERS)
-def test_classifiers_agree_with_the_paper(tool, arch):
+def test_classifiers_agree_with_the_paper(arch):
     pytest.importorskip('mmpretrain')
-    sizes = tool.count(config_file(f'cls/emo2_{arch}'))
+    sizes = complexity.count(config_file(f'cls/emo2_{arch}'))
     assert sizes['shape'] == [224, 224]
     params, flops = CLASSIFIERS[arch]
     assert sizes['params'] == sizes['params_inference'] == params
@@ -104,9 +95,9 @@ def takes_seconds(name):
 @pytest.mark.parametrize(
     'name', [pytest.param(name, marks=pytest.mark.slow) if takes_seconds(name) else name for name in MODELS]
 )
-def test_sizes_are_those_of_the_model_zoo_and_of_the_paper(tool, name):
+def test_sizes_are_those_of_the_model_zoo_and_of_the_paper(name):
     needs(MODELS[name])
-    sizes = tool.count(str(ROOT / MODELS[name]['Config']))
+    sizes = complexity.count(str(ROOT / MODELS[name]['Config']))
     meta = MODELS[name]['Metadata']
     keys = ('Parameters', 'Inference Parameters', 'FLOPs', 'Input Size')
     assert model_zoo.measured(sizes) == {key: meta[key] for key in keys if key in meta}
@@ -133,11 +124,11 @@ def test_sizes_are_those_of_the_model_zoo_and_of_the_paper(tool, name):
 
 
 @pytest.mark.parametrize('name', [name for name in MODELS if 'retinanet' in name or 'mask-rcnn' in name])
-def test_parameters_of_large_detectors_are_the_papers(tool, name):
+def test_parameters_of_large_detectors_are_the_papers(name):
     needs(MODELS[name])
     cfg = Config.fromfile(ROOT / MODELS[name]['Config'])
-    with tool.DefaultScope.overwrite_default_scope('mmdet'):
-        params = tool.count_params(tool.build(cfg.model))
+    with complexity.DefaultScope.overwrite_default_scope('mmdet'):
+        params = complexity.count_params(complexity.build(cfg.model))
     meta = MODELS[name]['Metadata']
     assert params == meta['Parameters']
     assert printed_params(name, params) == meta['Reported Parameters (M)']
@@ -157,28 +148,28 @@ def by_bmm(query, key, value):
 
 
 @pytest.mark.parametrize('attention', [by_matmul, by_bmm])
-def test_attention_counts_the_same_however_it_is_computed(tool, attention, monkeypatch):
+def test_attention_counts_the_same_however_it_is_computed(attention, monkeypatch):
     module = SEWMHSA(channels=40, expanded_channels=140, head_dim=20, window_size=7).eval()
     x = torch.rand(1, 12, 20, 40)  # padded to 14 x 21: 12 windows of both kinds
     with torch.no_grad():
         reference = module(x)
-        fused = tool.analyzer(module, x).total()
+        fused = complexity.analyzer(module, x).total()
         monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
         assert torch.allclose(module(x), reference, atol=1e-6)
-        assert tool.analyzer(module, x).total() == fused
+        assert complexity.analyzer(module, x).total() == fused
     tokens = 14 * 21
     linear = tokens * 40 * (2 * 40 + 140)
     assert fused == linear + 12 * 49 * 49 * (40 + 140)
 
 
-def test_pooling_counts_the_same_however_it_is_spelt(tool):
+def test_pooling_counts_the_same_however_it_is_spelt():
     class Mean(nn.Module):
         def forward(self, x):
             return x.mean((2, 3))
 
     x = torch.rand(1, 8, 7, 7)
-    assert tool.analyzer(nn.AdaptiveAvgPool2d(1), x).total() == 0
-    assert tool.analyzer(Mean(), x).total() == 0
+    assert complexity.analyzer(nn.AdaptiveAvgPool2d(1), x).total() == 0
+    assert complexity.analyzer(Mean(), x).total() == 0
 
 
 def test_json_from_a_bare_clone_and_any_folder():
@@ -194,12 +185,12 @@ def test_json_from_a_bare_clone_and_any_folder():
     )
 
 
-def test_json_is_one_line(tool, main, monkeypatch):
+def test_json_is_one_line(main, monkeypatch):
     def count(*args):
         print('what a framework has to say')
         return dict(params=3, params_inference=2, flops=1, shape=[4, 5], parts={}, skipped=[])
 
-    monkeypatch.setattr(tool, 'count', count)
+    monkeypatch.setattr(complexity, 'count', count)
     status, out, err = main('config.py', '--json')
     assert status == 0
     assert out == '{"params": 3, "params_inference": 2, "flops": 1, "shape": [4, 5]}\n'
@@ -267,16 +258,16 @@ def resize(width, height, keep_ratio):
         ({}, [dict(type='Resize', scale=292), dict(type='CenterCrop', crop_size=256)], (256, 256)),
     ],
 )
-def test_default_shape(tool, preprocessor, pipeline, shape):
+def test_default_shape(preprocessor, pipeline, shape):
     dataset = dict(type='CocoDataset', pipeline=[*pipeline, dict(type='Pack')])
     wrapped = dict(type='RepeatDataset', times=2, dataset=dataset)
     model = dict(data_preprocessor=preprocessor)
     for data in (dataset, wrapped):
         cfg = Config(dict(model=model, test_dataloader=dict(dataset=data)))
-        assert tool.default_shape(cfg) == shape
+        assert complexity.default_shape(cfg) == shape
 
 
-def test_segmentor_without_its_auxiliary_head_and_with_sync_bn(tool, tmp_path):
+def test_segmentor_without_its_auxiliary_head_and_with_sync_bn(tmp_path):
     pytest.importorskip('mmseg')
 
     def head(channels, index):
@@ -295,7 +286,7 @@ def test_segmentor_without_its_auxiliary_head_and_with_sync_bn(tool, tmp_path):
         backbone = emo2(norm_cfg=dict(type='SyncBN'))
         preprocessor = dict(type='SegDataPreProcessor', size=(64, 96))
         model = dict(type=kind, data_preprocessor=preprocessor, backbone=backbone, **heads)
-        return tool.count(written(tmp_path, default_scope='mmseg', model=model))
+        return complexity.count(written(tmp_path, default_scope='mmseg', model=model))
 
     decode, auxiliary = head(180, 3), head(80, 2)
     alone = count('EncoderDecoder', decode_head=decode)
@@ -305,11 +296,11 @@ def test_segmentor_without_its_auxiliary_head_and_with_sync_bn(tool, tmp_path):
     assert both['params_inference'] == alone['params_inference'] == alone['params']
     # a convolution, its norm and the classes
     assert both['params'] - alone['params'] == 80 * 9 * 16 + 2 * 16 + 16 * 5 + 5
-    assert 'without auxiliary heads' in tool.table(both)
-    assert 'without auxiliary heads' not in tool.table(alone)
+    assert 'without auxiliary heads' in complexity.table(both)
+    assert 'without auxiliary heads' not in complexity.table(alone)
 
 
-def test_two_stages_count_the_configured_proposals(tool, tmp_path):
+def test_two_stages_count_the_configured_proposals(tmp_path):
     pytest.importorskip('mmdet')
 
     def count(proposals):
@@ -338,7 +329,7 @@ def test_two_stages_count_the_configured_proposals(tool, tmp_path):
             train_cfg=None,
             test_cfg=dict(rpn=dict(max_per_img=proposals), rcnn=dict()),
         )
-        return tool.count(written(tmp_path, default_scope='mmdet', model=model), [64, 128])
+        return complexity.count(written(tmp_path, default_scope='mmdet', model=model), [64, 128])
 
     few, many = count(10), count(300)
     assert few['parts']['roi_head'][1] == 10 * (16 * 49 * 32 + 32 * 32 + 32 * (4 + 3 * 4))
@@ -348,10 +339,10 @@ def test_two_stages_count_the_configured_proposals(tool, tmp_path):
     assert many['flops'] - few['flops'] == 29 * few['parts']['roi_head'][1]
 
 
-def test_distilled_classifier_counts_its_student(tool, tmp_path):
+def test_distilled_classifier_counts_its_student(tmp_path):
     pytest.importorskip('mmpretrain')
     cfg = Config.fromfile(config_file('cls/emo2_1m'))
     cfg.model.update(type='NotRegistered', teacher=dict(type='NotRegisteredEither'))
     cfg.dump(tmp_path / 'kd.py')
-    sizes = tool.count(str(tmp_path / 'kd.py'))
+    sizes = complexity.count(str(tmp_path / 'kd.py'))
     assert (sizes['params'], round(sizes['flops'] / 1e6, 3)) == CLASSIFIERS['1m']

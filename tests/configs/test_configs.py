@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import ROOT, SIDE, write_data
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from helpers.tiny import ROOT, SIDE, write_data
 
 from emo2_mm import EMOv2
-
-import runtime
-import train
+from emo2_mm.config import innermost_dataset
+from emo2_mm.engine.training import apply_options
 
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
@@ -81,12 +78,12 @@ def test_trains_for_a_step(name: str, tmp_path: Path) -> None:
     read_tiny_data(cfg, tmp_path / 'data')
     cfg.model.backbone.init_cfg = None
     if 'teacher' in cfg.model:
-        from teacher import write_teacher
+        from helpers.teacher import write_teacher
 
         cfg.model.teacher = write_teacher(tmp_path, cfg.model.head.num_classes)
         cfg.model.teacher_size = SIDE
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=1)
-    train.apply_args(cfg, Namespace(no_validate=True, amp=False, auto_scale_lr=False, resume=None))
+    apply_options(cfg, amp=False, auto_scale_lr=False, validate=False, resume=None)
     cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
     cfg.default_hooks.checkpoint = None
     cfg.launcher, cfg.work_dir = 'none', str(tmp_path / 'work')
@@ -238,9 +235,3 @@ def test_heads_of_long_schedules_learn_ten_times_as_fast(method: str) -> None:
         is_norm = name.rpartition('.')[0] in norms or 'norm' in name
         assert group['weight_decay'] == (0 if is_norm else 0.05), name
         assert group['lr'] == pytest.approx(1.2e-3 if 'head' in name else 1.2e-4), name
-
-
-def test_launcher_arguments_are_known_to_the_tools() -> None:
-    parser = runtime.new_parser('')
-    for spelling in ('--local_rank', '--local-rank'):
-        assert parser.parse_args(['config.py', spelling, '1']).local_rank == 1

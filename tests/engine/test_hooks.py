@@ -5,31 +5,29 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.processes import free_port
+from helpers.tiny import CLASSIFIER, CONFIGS, ROOT, call_tool, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
-from test_distributed import free_port
-from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
 from torch import Tensor, nn
 
 from emo2_mm import EMOv2
+from emo2_mm.engine import evaluation, training
+from emo2_mm.engine.evaluation import enable_tta
+from emo2_mm.engine.runner import build_runner
+from emo2_mm.engine.training import apply_options
+from emo2_mm.errors import UserError
 from emo2_mm.weights.load import load_backbone_weights
-
-import runtime
-import test as test_tool
-import train as train_tool
-
-TEXTS = {'mmdet': DETECTOR, 'mmpretrain': CLASSIFIER, 'mmseg': SEGMENTOR}
 
 
 @pytest.fixture
@@ -37,22 +35,22 @@ def call(tmp_path, monkeypatch):
     """Run the main function of a tool on the CPU, in the test's folder, and give its runner."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('LOCAL_RANK', raising=False)
-    build, runners = runtime.build_runner, []
-    for module in (runtime, train_tool, test_tool):
-        monkeypatch.setattr(module, 'get_device', lambda: 'cpu')
+    runners = []
+    for module in ('runner', 'training', 'evaluation'):
+        monkeypatch.setattr(f'emo2_mm.engine.{module}.get_device', lambda: 'cpu')
 
-    def call(tool: Any, *arguments: Any, hooks: tuple[Hook, ...] = ()) -> Runner:
-        def build_runner(cfg: Config) -> Runner:
+    def call(tool: str, *arguments: Any, hooks: tuple[Hook, ...] = ()) -> Runner:
+        def build(cfg: Config) -> Runner:
             # MMEngine keeps loggers and visualizers by name, and names runs by the second
             cfg.experiment_name = f'{tmp_path}-{len(runners)}'
-            runners.append(build(cfg))
+            runners.append(build_runner(cfg))
             for hook in hooks:
                 runners[-1].register_hook(hook, priority='LOWEST')
             return runners[-1]
 
-        monkeypatch.setattr(runtime, 'build_runner', build_runner)
-        monkeypatch.setattr(sys, 'argv', [str(a) for a in (tool.__file__, *arguments)])
-        tool.main()
+        for module in (training, evaluation):
+            monkeypatch.setattr(module, 'build_runner', build)
+        call_tool(tool, *arguments)
         return runners[-1]
 
     return call
@@ -65,7 +63,7 @@ def tiny(tmp_path):
 
     def tiny(scope: str, more: str = '') -> Path:
         pytest.importorskip(scope)
-        return write_config(tmp_path, TEXTS[scope] + more)
+        return write_config(tmp_path, CONFIGS[scope] + more)
 
     return tiny
 
@@ -95,7 +93,7 @@ optim_wrapper['optimizer']['lr'] = 0.05
 """
     weights = Weights()
     runner = call(
-        train_tool, tiny('mmpretrain', ema), '--cfg-options', 'train_cfg.max_epochs=2', hooks=(weights,)
+        'train.py', tiny('mmpretrain', ema), '--cfg-options', 'train_cfg.max_epochs=2', hooks=(weights,)
     )
     parameters = [name for name, _ in runner.model.named_parameters()]
     assert len(weights.trained) == 4
@@ -141,10 +139,10 @@ def last_loss(runner: Runner) -> float:
     return runner.message_hub.get_scalar('train/loss').current()
 
 
-@pytest.mark.parametrize('scope', TEXTS)
+@pytest.mark.parametrize('scope', CONFIGS)
 def test_mixed_precision_without_a_gpu(tiny, call, scope):
     dtypes = Dtypes()
-    runner = call(train_tool, tiny(scope), '--amp', '--no-validate', hooks=(dtypes,))
+    runner = call('train.py', tiny(scope), '--amp', '--no-validate', hooks=(dtypes,))
     for layer in ('Conv2d', 'DepthwiseConv2d', 'Linear'):
         assert dtypes.outputs[layer] == {torch.bfloat16}
     assert dtypes.outputs['LayerNorm'] == {torch.float32}
@@ -155,8 +153,8 @@ def test_mixed_precision_without_a_gpu(tiny, call, scope):
 
 def test_mixed_precision_learns_the_same(tiny, call):
     mixed, full = Dtypes(), Dtypes()
-    loss = last_loss(call(train_tool, tiny('mmpretrain'), '--amp', '--no-validate', hooks=(mixed,)))
-    expected = last_loss(call(train_tool, tiny('mmpretrain'), '--no-validate', hooks=(full,)))
+    loss = last_loss(call('train.py', tiny('mmpretrain'), '--amp', '--no-validate', hooks=(mixed,)))
+    expected = last_loss(call('train.py', tiny('mmpretrain'), '--no-validate', hooks=(full,)))
     assert mixed.outputs['Linear'] == {torch.bfloat16}
     assert full.outputs['Linear'] == {torch.float32}
     assert loss != expected
@@ -165,10 +163,10 @@ def test_mixed_precision_learns_the_same(tiny, call):
 
 def test_mixed_precision_goes_on(tiny, call, tmp_path):
     """Also from the config that the first run left."""
-    call(train_tool, tiny('mmpretrain'), '--amp', '--no-validate')
+    call('train.py', tiny('mmpretrain'), '--amp', '--no-validate')
     more = ['--resume', '--no-validate', '--cfg-options', 'train_cfg.max_epochs=2']
     dtypes = Dtypes()
-    runner = call(train_tool, 'work_dirs/tiny/tiny.py', '--amp', *more, hooks=(dtypes,))
+    runner = call('train.py', 'work_dirs/tiny/tiny.py', '--amp', *more, hooks=(dtypes,))
     assert (runner.epoch, runner.iter) == (2, 4)
     assert dtypes.outputs['Linear'] == {torch.bfloat16}
 
@@ -176,25 +174,24 @@ def test_mixed_precision_goes_on(tiny, call, tmp_path):
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg'])
 def test_mixed_precision_in_tests(tiny, call, scope):
     config = tiny(scope)
-    call(train_tool, config, '--no-validate')
+    call('train.py', config, '--no-validate')
     dtypes = set()
 
     class Watch(Hook):
         def before_test(self, runner):
             runner.model.backbone.stem.conv.register_forward_hook(lambda m, x, y: dtypes.add(y.dtype))
 
-    call(test_tool, config, 'work_dirs/tiny/epoch_1.pth', '--amp', hooks=(Watch(),))
+    call('test.py', config, 'work_dirs/tiny/epoch_1.pth', '--amp', hooks=(Watch(),))
     assert dtypes == {torch.bfloat16}
 
 
 def test_no_mixed_precision_where_nms_knows_no_bfloat16(tiny, call):
     config = tiny('mmdet')
-    with pytest.raises(SystemExit, match='NMS of mmcv takes no bfloat16'):
-        call(test_tool, config, config, '--amp')
+    with pytest.raises(SystemExit, match='NMS does not support bfloat16'):
+        call('test.py', config, config, '--amp')
     cfg = Config.fromfile(ROOT / 'configs/det/mask-rcnn_emo2_1m.py')
-    arguments = type('Arguments', (), dict(amp=True, no_validate=False))
-    with pytest.raises(SystemExit, match='NMS of mmcv takes no bfloat16'):
-        train_tool.apply_args(cfg, arguments)
+    with pytest.raises(UserError, match='NMS does not support bfloat16'):
+        apply_options(cfg, amp=True, auto_scale_lr=False, validate=True, resume=None)
 
 
 @pytest.mark.parametrize('final_norm', [True, False])
@@ -255,7 +252,7 @@ class Rate(Hook):
 def test_learning_rate_scales_with_the_batch(tiny, call, flags, factor):
     config = tiny('mmpretrain', "auto_scale_lr['base_batch_size'] = 8")
     rate = Rate()
-    call(train_tool, config, '--no-validate', *flags, hooks=(rate,))
+    call('train.py', config, '--no-validate', *flags, hooks=(rate,))
     assert set(rate.first) == {1e-3 * factor}
 
 
@@ -283,12 +280,12 @@ def pixels(path: Path) -> np.ndarray:
     return np.array(Image.open(path))
 
 
-@pytest.mark.parametrize('scope', TEXTS)
+@pytest.mark.parametrize('scope', CONFIGS)
 def test_predictions_are_kept_and_painted(tiny, call, tmp_path, scope):
     config = tiny(scope)
     save_model(Config.fromfile(config), tmp_path / 'model.pth')
     out = 'maps' if scope == 'mmseg' else 'all.pkl'
-    call(test_tool, config, 'model.pth', '--out', out, '--show-dir', 'painted')
+    call('test.py', config, 'model.pth', '--out', out, '--show-dir', 'painted')
 
     names = [f'{i}.png' for i in range(4)]
     if scope == 'mmseg':
@@ -373,8 +370,8 @@ def test_augmented_views_are_merged(call, tmp_path, name, sides):
     weights = save_model(cfg, tmp_path / 'model.pth')
     cfg.dump('shipped.py')
     views = Views()
-    call(test_tool, 'shipped.py', 'model.pth', '--out', 'plain.pkl')
-    call(test_tool, 'shipped.py', 'model.pth', '--out', 'merged.pkl', '--tta', hooks=(views,))
+    call('test.py', 'shipped.py', 'model.pth', '--out', 'plain.pkl')
+    call('test.py', 'shipped.py', 'model.pth', '--out', 'merged.pkl', '--tta', hooks=(views,))
 
     assert all(torch.equal(views.weights[key], weights[key]) for key in weights)
     assert [tuple(view.shape[2:]) for view in views.images] == [
@@ -405,15 +402,15 @@ def test_augmented_views_are_merged(call, tmp_path, name, sides):
 
 def test_masks_cannot_be_merged():
     cfg = Config.fromfile(ROOT / 'configs/det/mask-rcnn_emo2_1m.py')
-    with pytest.raises(SystemExit, match='cannot merge masks'):
-        test_tool.augment(cfg)
+    with pytest.raises(UserError, match='cannot merge masks'):
+        enable_tta(cfg)
 
 
 def test_augmentation_that_is_not_described(tiny):
     cfg = Config.fromfile(tiny('mmseg'))
     cfg.pop('tta_model')
-    with pytest.raises(SystemExit, match='--tta needs tta_model and tta_pipeline'):
-        test_tool.augment(cfg)
+    with pytest.raises(UserError, match='--tta needs tta_model and tta_pipeline'):
+        enable_tta(cfg)
 
 
 class Spoil(Hook):
@@ -436,7 +433,7 @@ def test_a_loss_of_nan_ends_the_run_before_it_is_averaged(call, tmp_path):
             runners.append(runner)
 
     with pytest.raises(SystemExit, match=r'error: step 3: loss is nan. The checkpoints before it are good'):
-        call(train_tool, config, '--cfg-options', 'train_cfg.max_epochs=3', hooks=(Keep(),))
+        call('train.py', config, '--cfg-options', 'train_cfg.max_epochs=3', hooks=(Keep(),))
     [averaged] = [hook.ema_model for hook in runners[0].hooks if type(hook).__name__ == 'EMAHook']
     assert all(value.isfinite().all() for value in averaged.state_dict().values())
     assert (tmp_path / 'work_dirs/tiny/epoch_1.pth').exists()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import pickle
-import sys
-from argparse import Namespace
 
 import pytest
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, call_tool, run, write_config, write_data
 from mmengine.config import Config, ConfigDict
-from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, run, write_config, write_data
+
+from emo2_mm.engine import training
+from emo2_mm.engine.preflight import check_data, check_pretrained
+from emo2_mm.engine.training import apply_options
+from emo2_mm.errors import UserError, local_rank
 
 CASES = {
     'mmdet': (DETECTOR, 'coco/bbox_mAP: '),
@@ -19,30 +22,13 @@ CASES = {
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """Import a module of tools/, as its own scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    monkeypatch.setattr(sys, 'path', list(sys.path))  # runtime adds to it
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
-
-    def forget():
-        for name in ('runtime', 'train', 'test'):
-            if str(ROOT) in str(getattr(sys.modules.get(name), '__file__', '')):
-                del sys.modules[name]
-
-    forget()
-    yield importlib.import_module
-    forget()
-
-
-@pytest.fixture
-def missing(tool, tmp_path):
+def missing(tmp_path):
     """The entries that the message about missing data lists for a config."""
 
     def entries(cfg, *stages):
         try:
-            tool('runtime').check_data(Config(cfg), *stages)
-        except SystemExit as end:
+            check_data(Config(cfg), *stages)
+        except UserError as end:
             return [line.split(' = ')[0].strip() for line in str(end).split('\n') if ' = ' in line]
         return []
 
@@ -112,12 +98,6 @@ def test_augment_and_paint(tmp_path, scope):
     assert len([p for p in tmp_path.rglob('*.png') if 'painted' in p.parts]) == 4
 
 
-def test_bare_clone(tool):
-    """The package beside the tools is the one in use, installed or not."""
-    tool('runtime')
-    assert sys.path[0] == str(ROOT)
-
-
 def test_no_data(tmp_path):
     """A shipped config where its data is not: one message at once, nothing made."""
     config = ROOT / 'configs/det/retinanet_emo2_5m.py'
@@ -132,22 +112,22 @@ def test_no_data(tmp_path):
 
 
 @pytest.mark.parametrize('scope', CASES)
-def test_complete_data(tool, tmp_path, scope):
+def test_complete_data(tmp_path, scope):
     """The tiny data sets are there, so nothing is reported; without them, something is."""
     config = Config.fromfile(write_config(tmp_path, CASES[scope][0]))
-    with pytest.raises(SystemExit, match='train_dataloader.dataset.data_'):
-        tool('runtime').check_data(config, 'train', 'val', 'test')
+    with pytest.raises(UserError, match='train_dataloader.dataset.data_'):
+        check_data(config, 'train', 'val', 'test')
     write_data(tmp_path)
-    tool('runtime').check_data(config, 'train', 'val', 'test')
+    check_data(config, 'train', 'val', 'test')
 
 
-def test_where_data_comes_from(tool, tmp_path, monkeypatch):
+def test_where_data_comes_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def told(root):
         cfg = dict(test_dataloader=dict(dataset=dict(data_root=root)))
-        with pytest.raises(SystemExit) as end:
-            tool('runtime').check_data(Config(cfg), 'test')
+        with pytest.raises(UserError) as end:
+            check_data(Config(cfg), 'test')
         return [name for name in ('make demo', 'COCO', 'ImageNet', 'ADE20K') if name in str(end.value)]
 
     assert told('data/digits/coco') == ['make demo']
@@ -214,18 +194,17 @@ def test_data_not_elsewhere(missing):
 
 
 @pytest.mark.parametrize('init', [{}, dict(checkpoint=None), dict(checkpoint='https://host/a.pth')], ids=str)
-def test_no_pretrained_file_needed(tool, init):
+def test_no_pretrained_file_needed(init):
     backbone = dict(init_cfg=dict(type='Pretrained', **init) if init else None)
-    tool('runtime').check_pretrained(Config(dict(model=dict(backbone=backbone), work_dir='w')))
+    check_pretrained(Config(dict(model=dict(backbone=backbone), work_dir='w')))
 
 
-def test_missing_pretrained(tool, tmp_path):
+def test_missing_pretrained(tmp_path):
     init = [dict(type='Normal', layer='Conv2d'), dict(type='Pretrained', checkpoint='gone.pth')]
     cfg = Config(dict(model=dict(teachers=[dict(backbone=dict(init_cfg=init))]), work_dir=str(tmp_path)))
-    check_pretrained = tool('runtime').check_pretrained
     for resume in (False, True):  # there is nothing yet to resume from
         cfg.resume = resume
-        with pytest.raises(SystemExit, match='model.teachers.0.backbone.init_cfg') as end:
+        with pytest.raises(UserError, match='model.teachers.0.backbone.init_cfg') as end:
             check_pretrained(cfg)
         assert "'gone.pth'" in str(end.value)
     cfg.load_from = 'last.pth'
@@ -243,73 +222,70 @@ def test_missing_pretrained(tool, tmp_path):
         (['test.py', '{config}', '{config}', '--show'], "dict(type='DetVisualizationHook')"),
     ],
 )
-def test_refused(tool, tmp_path, monkeypatch, arguments, message):
+def test_refused(tmp_path, monkeypatch, arguments, message):
     write_data(tmp_path)
     config = write_config(tmp_path, DETECTOR.replace("['visualization']", "['other']"))
     monkeypatch.chdir(tmp_path)
-    script = tool(arguments[0][:-3])
-    monkeypatch.setattr(tool('runtime'), 'get_device', lambda: 'cpu')
-    monkeypatch.setattr(sys, 'argv', [a.format(config=config) for a in arguments])
-    if hasattr(script, 'get_device'):
-        monkeypatch.setattr(script, 'get_device', lambda: 'cpu')
+    for module in ('runner', 'training', 'evaluation'):
+        monkeypatch.setattr(f'emo2_mm.engine.{module}.get_device', lambda: 'cpu')
     with pytest.raises(SystemExit) as end:
-        script.main()
+        call_tool(*(a.format(config=config) for a in arguments))
     assert str(end.value).startswith('error: ')
     assert message.format(folder=tmp_path) in str(end.value)
 
 
-def new_args(**changes):
-    return Namespace(**{**dict(no_validate=False, amp=False, auto_scale_lr=False, resume=None), **changes})
+def apply(cfg, **changes):
+    apply_options(cfg, **{**dict(amp=False, auto_scale_lr=False, validate=True, resume=None), **changes})
 
 
-def test_training_arguments(tool, monkeypatch):
-    train = tool('train')
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
+def test_training_arguments(monkeypatch):
+    monkeypatch.setattr(training, 'get_device', lambda: 'cuda')
     cfg = Config(dict(model={}, optim_wrapper=dict(type='OptimWrapper'), load_from='old.pth', val_cfg={}))
-    with pytest.raises(SystemExit, match='auto_scale_lr.base_batch_size=N'):
-        train.apply_args(cfg, new_args(auto_scale_lr=True))
+    with pytest.raises(UserError, match='auto_scale_lr.base_batch_size=N'):
+        apply(cfg, auto_scale_lr=True)
     cfg.auto_scale_lr = ConfigDict(base_batch_size=16)
-    train.apply_args(cfg, new_args(auto_scale_lr=True, amp=True, no_validate=True))
+    apply(cfg, auto_scale_lr=True, amp=True, validate=False)
     assert cfg.auto_scale_lr.enable
     assert cfg.optim_wrapper == dict(type='AmpOptimWrapper')
     assert cfg.val_cfg is None
     assert cfg.load_from == 'old.pth'
-    train.apply_args(cfg, new_args(resume='auto'))
+    apply(cfg, resume='auto')
     assert (cfg.resume, cfg.load_from) == (True, None)
-    train.apply_args(cfg, new_args(resume='new.pth'))
+    apply(cfg, resume='new.pth')
     assert (cfg.resume, cfg.load_from) == (True, 'new.pth')
     cfg.optim_wrapper.type = 'OtherWrapper'
-    with pytest.raises(SystemExit, match="'OtherWrapper'"):
-        train.apply_args(cfg, new_args(amp=True))
+    with pytest.raises(UserError, match="'OtherWrapper'"):
+        apply(cfg, amp=True)
 
 
-def test_mixed_precision_config_on_cpu(tool, monkeypatch, capsys):
-    train = tool('train')
-    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
+def test_mixed_precision_config_on_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(training, 'get_device', lambda: 'cpu')
     wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16', clip_grad={})
     cfg = Config(dict(model={}, optim_wrapper=wrapper))
-    train.apply_args(cfg, new_args())
+    apply(cfg)
     assert cfg.optim_wrapper == dict(type='OptimWrapper', clip_grad={})
     assert 'full precision' in capsys.readouterr().out
     cfg.optim_wrapper.dtype = 'bfloat16'
-    train.apply_args(cfg, new_args(amp=True))
-    assert cfg.optim_wrapper == dict(type='Bfloat16OptimWrapper', clip_grad={})
+    apply(cfg, amp=True)
+    assert cfg.optim_wrapper == dict(type='emo2_mm.engine.optim_wrapper.BFloat16OptimWrapper', clip_grad={})
     assert capsys.readouterr().out == ''
     cfg.optim_wrapper = wrapper
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(training, 'get_device', lambda: 'cuda')
     for amp in (False, True):
-        train.apply_args(cfg, new_args(amp=amp))
+        apply(cfg, amp=amp)
         assert cfg.optim_wrapper == wrapper
 
 
-def test_common_arguments(tool, tmp_path, monkeypatch):
-    runtime = tool('runtime')
+def test_common_arguments(tmp_path, monkeypatch):
     config = write_config(tmp_path, CLASSIFIER)
-    parser = runtime.new_parser('')
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    calls = []
+    monkeypatch.setattr('emo2_mm.engine.train', lambda cfg, *_: calls.append((cfg, local_rank())))
 
     def load(*arguments):
-        monkeypatch.delenv('LOCAL_RANK', raising=False)
-        return runtime.load_config(parser.parse_args([str(config), *arguments]))
+        call_tool('train.py', config, *arguments)
+        os.environ.pop('LOCAL_RANK')
+        return calls[-1][0]
 
     cfg = load()
     assert cfg.work_dir == 'work_dirs/tiny'
@@ -324,5 +300,5 @@ def test_common_arguments(tool, tmp_path, monkeypatch):
     assert load('--cfg-options', 'work_dir=a', '--work-dir', 'b').work_dir == 'b'
     for spelling in ('--local_rank', '--local-rank'):
         load(f'{spelling}=1')
-        assert runtime.os.environ['LOCAL_RANK'] == '1'
+        assert calls[-1][1] == 1
     assert 'collate_fn' not in Config.fromfile(write_config(tmp_path, DETECTOR)).train_dataloader

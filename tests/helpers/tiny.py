@@ -1,14 +1,20 @@
-"""Datasets and configs that train within seconds, and a function that runs the tools."""
+"""Data sets and configs that train within seconds, and functions that run the tools."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +158,8 @@ visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBa
 default_hooks['visualization'] = dict(type='SegVisualizationHook', interval=1)
 """
 
+CONFIGS = {'mmdet': DETECTOR, 'mmpretrain': CLASSIFIER, 'mmseg': SEGMENTOR}  # by default_scope
+
 
 def write_data(folder: Path, images: int = 4) -> None:
     """Images of one dark or light rectangle each, as COCO boxes, label maps and class folders."""
@@ -184,6 +192,26 @@ def write_config(folder: Path, text: str, name: str = 'tiny.py') -> Path:
     path = folder / name
     path.write_text(text.replace('DATA', str(folder)))
     return path
+
+
+def model_of(cfg: Config) -> torch.nn.Module:
+    """Build the model of a config with random weights, the same each time."""
+    init_default_scope(cfg.default_scope)
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    if cfg.default_scope == 'mmseg':
+        model.decode_head.conv_seg.weight.data.mul_(100)  # both classes somewhere
+    return model.eval()
+
+
+def call_tool(name: str, *arguments: object) -> Any:
+    """Run the main function of tools/NAME in this process, and return what it returns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'path', [str(ROOT / 'tools'), *sys.path])
+        patch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        return runpy.run_path(str(ROOT / 'tools' / name))['main']()
 
 
 def run(folder: Path, *command: object, **env: str) -> subprocess.CompletedProcess:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.networks import tiny
+from helpers.processes import arguments_given, free_port
+from helpers.tiny import BACKBONE, DETECTOR, ROOT, call_tool, run, write_config, write_data
 from mmengine.config import Config
-from test_emov2 import tiny
-from helpers.tiny import BACKBONE, CLASSIFIER, DETECTOR, ROOT, imported, run, write_config, write_data
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from emo2_mm.config import set_ranks
+from emo2_mm.engine.runner import _use_cpu_processes, build_runner
+from emo2_mm.errors import UserError, local_rank
 
 # Kept by each process: the images it saw, and its weights at the end.
 HOOK = """
@@ -38,12 +42,6 @@ WITNESS = """
 custom_imports = dict(imports=['witness'])
 custom_hooks = [dict(type='Witness')]
 """
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
 
 
 def write_witnessed(folder):
@@ -182,16 +180,6 @@ def test_usage(tmp_path, command):
     assert command[0] in result.stderr
 
 
-def arguments_given(folder, program, *command, **env):
-    """What a script passes to the program it starts, one argument a line."""
-    fake = folder / program
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    fake.chmod(0o755)
-    result = run(folder, *command, **env)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split('\n')[:-1]
-
-
 def test_dist_arguments(tmp_path):
     command = ['dist_test.sh', 'my config.py', 'my file.pth', 4, '--cfg-options', 'a="b c"']
     env = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='host', PORT='29501')
@@ -233,12 +221,6 @@ def test_slurm_arguments(tmp_path, script, last):
     ]
 
 
-@pytest.fixture
-def runtime():
-    with imported('runtime') as module:
-        yield module
-
-
 @pytest.mark.parametrize(
     ('launcher', 'names'),
     [
@@ -247,36 +229,34 @@ def runtime():
         ('mpi', [f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK')]),
     ],
 )
-def test_names_of_a_process(runtime, monkeypatch, tmp_path, launcher, names):
+def test_names_of_a_process(monkeypatch, launcher, names):
     """Those of the launcher count, and are told apart from none at all."""
-    command = [str(write_config(tmp_path, CLASSIFIER)), '--launcher', launcher]
-    args = runtime.new_parser('').parse_args(command)
     environment = {'LOCAL_RANK': '7', **dict(zip(names, '582'))}
-    monkeypatch.setattr(runtime.os, 'environ', environment)
-    assert runtime.load_config(args).launcher == launcher
+    monkeypatch.setattr(os, 'environ', environment)
+    set_ranks(launcher)
     assert [environment[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')] == ['5', '8', '2']
-    assert runtime.local_rank() == 2
+    assert local_rank() == 2
 
-    monkeypatch.setattr(runtime.os, 'environ', {})
-    with pytest.raises(SystemExit, match=f'--launcher {launcher} goes with {names[0]}, which is not set'):
-        runtime.load_config(args)
+    monkeypatch.setattr(os, 'environ', {})
+    with pytest.raises(UserError, match=f'--launcher {launcher} goes with {names[0]}, which is not set'):
+        set_ranks(launcher)
 
 
 @pytest.mark.parametrize('machines', [1, 2])
-def test_mpirun_names_no_first_machine(runtime, monkeypatch, machines):
+def test_mpirun_names_no_first_machine(monkeypatch, machines):
     environment = {'WORLD_SIZE': '4', 'OMPI_COMM_WORLD_LOCAL_SIZE': str(4 // machines)}
-    monkeypatch.setattr(runtime.os, 'environ', environment)
+    monkeypatch.setattr(os, 'environ', environment)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)
     cfg = Config(dict(model={}, launcher='mpi'))
     if machines == 1:
-        runtime._use_cpu_processes(cfg)
+        _use_cpu_processes(cfg)
         assert (environment['MASTER_ADDR'], environment['MASTER_PORT']) == ('127.0.0.1', '29500')
     else:
-        with pytest.raises(SystemExit, match='mpirun -x MASTER_ADDR=HOST'):
-            runtime._use_cpu_processes(cfg)
+        with pytest.raises(UserError, match='mpirun -x MASTER_ADDR=HOST'):
+            _use_cpu_processes(cfg)
 
 
-def test_cpu_processes_keep_the_config(runtime, monkeypatch):
+def test_cpu_processes_keep_the_config(monkeypatch):
     """What a config says about the wrapper stays, and all synchronised norms are found."""
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     norms = [dict(type='SyncBN', eps=1e-3), dict(type='BN'), dict(type='GN', num_groups=2)]
@@ -287,7 +267,7 @@ def test_cpu_processes_keep_the_config(runtime, monkeypatch):
             sync_bn='torch',
         )
     )
-    runtime._use_cpu_processes(cfg)
+    _use_cpu_processes(cfg)
     assert 'SyncBN' not in json.dumps(cfg.to_dict())
     assert cfg.model.module.norm_cfg == dict(type='BN', eps=1e-3)
     assert cfg.model.module.heads[2].norm_cfg.type == 'GN'
@@ -296,7 +276,7 @@ def test_cpu_processes_keep_the_config(runtime, monkeypatch):
     assert cfg.model_wrapper_cfg.device_ids is None
 
     cfg = Config(dict(model={}, model_wrapper_cfg=dict(type='Mine', static_graph=True)))
-    runtime._use_cpu_processes(cfg)
+    _use_cpu_processes(cfg)
     assert cfg.model_wrapper_cfg == dict(type='Mine', static_graph=True, device_ids=None)
 
 
@@ -308,19 +288,16 @@ def test_synchronised_norms_of_one_process(tmp_path, monkeypatch):
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     synchronised = f"{BACKBONE[:-1]}, norm_cfg=dict(type='SyncBN'))"
     text, runners = DETECTOR.replace(BACKBONE, synchronised), []
-    with imported('train') as train:
-        build = train.runtime.build_runner
 
-        def keep(cfg):
-            runners.append(build(cfg))
-            return runners[-1]
+    def keep(cfg):
+        runners.append(build_runner(cfg))
+        return runners[-1]
 
-        monkeypatch.setattr(train.runtime, 'build_runner', keep)
-        for kind in ('SyncBN', 'BN'):
-            config = write_config(tmp_path, text.replace('SyncBN', kind), f'{kind}.py')
-            options = ['--no-validate', '--cfg-options', f'experiment_name={tmp_path}-{kind}']
-            monkeypatch.setattr(sys, 'argv', ['train.py', str(config), *options])
-            train.main()
+    monkeypatch.setattr('emo2_mm.engine.training.build_runner', keep)
+    for kind in ('SyncBN', 'BN'):
+        config = write_config(tmp_path, text.replace('SyncBN', kind), f'{kind}.py')
+        options = ['--no-validate', '--cfg-options', f'experiment_name={tmp_path}-{kind}']
+        call_tool('train.py', config, *options)
 
     models = [runner.model for runner in runners]
     for model in models:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import re
@@ -17,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import CLASSIFIER, ROOT, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
-from helpers.tiny import CLASSIFIER, ROOT, run, write_config, write_data
+
+from emo2_mm.engine.resume import find_resumable, install_safe_loader, load_checkpoint_safely
+from emo2_mm.errors import UserError
 
 pytest.importorskip('mmpretrain')
 
@@ -110,35 +112,35 @@ def test_a_checkpoint_cut_off_is_passed_over(tmp_path: Path, config: str, traine
     assert states(trained)
 
 
-def test_a_checkpoint_of_an_earlier_run_is_not_taken(trained: Path, runtime: Any) -> None:
+def test_a_checkpoint_of_an_earlier_run_is_not_taken(trained: Path) -> None:
     (trained / 'last_checkpoint').write_text(str(trained / 'epoch_1.pth'))
     cfg = Config(dict(work_dir=str(trained), resume=True))
-    runtime.find_resumable(cfg)
+    find_resumable(cfg)
     assert cfg.load_from == str(trained / 'epoch_1.pth')
 
 
 @pytest.mark.parametrize('pointer', ['', 'gone.pth', None])
-def test_without_word_of_the_last_checkpoint(trained: Path, runtime: Any, pointer: str | None) -> None:
+def test_without_word_of_the_last_checkpoint(trained: Path, pointer: str | None) -> None:
     (trained / 'last_checkpoint').unlink()
     if pointer is not None:
         (trained / 'last_checkpoint').write_text(pointer)
     cfg = Config(dict(work_dir=str(trained), resume=True))
-    runtime.find_resumable(cfg)
+    find_resumable(cfg)
     assert cfg.load_from == str(trained / 'epoch_2.pth')
 
 
-def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path, runtime: Any) -> None:
+def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
     torch.save(dict(state_dict={}), tmp_path / 'weights.pth')
     cfg = Config(dict(work_dir=str(tmp_path), resume=True, load_from=str(tmp_path / 'weights.pth')))
-    with pytest.raises(SystemExit, match='holds no state of a training, only weights; to start from them: '):
-        runtime.find_resumable(cfg)
+    with pytest.raises(UserError, match='contains weights but no optimizer state; to start from'):
+        find_resumable(cfg)
 
 
-def test_nothing_to_resume_from(tmp_path: Path, runtime: Any, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_to_resume_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     cfg = Config(dict(work_dir=str(tmp_path / 'new'), resume=True))
-    runtime.find_resumable(cfg)
+    find_resumable(cfg)
     assert not cfg.resume and cfg.get('load_from') is None
-    assert 'the training begins anew' in capsys.readouterr().out
+    assert 'training starts from the beginning' in capsys.readouterr().out
 
 
 def test_nothing_but_damaged_checkpoints(tmp_path: Path, config: str, trained: Path) -> None:
@@ -167,15 +169,6 @@ def test_unwritable_folder(tmp_path: Path, config: str) -> None:
     assert 'Traceback' not in log
 
 
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
-    monkeypatch.delitem(sys.modules, 'runtime', raising=False)
-    yield importlib.import_module('runtime')
-    sys.modules.pop('runtime')
-
-
 class Bomb:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -197,9 +190,10 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, config: str) -> None:
 @pytest.mark.parametrize(
     'address', ['{}', 'file.pth', 'http://host/{}', 'https://host/{}', 's3://a/b.pth', 'c:petrel://a/b.pth']
 )
-def test_every_checkpoint_is_read_as_data(address: str, runtime: Any) -> None:
+def test_every_checkpoint_is_read_as_data(address: str) -> None:
     """``load_from``, ``resume`` and ``Pretrained`` all ask MMEngine's loader."""
-    assert CheckpointLoader._get_checkpoint_loader(address) is runtime.load_from_file_as_data
+    install_safe_loader()
+    assert CheckpointLoader._get_checkpoint_loader(address) is load_checkpoint_safely
 
 
 def test_the_config_in_a_checkpoint_does_not_run(tmp_path: Path, config: str, trained: Path) -> None:
@@ -212,10 +206,10 @@ def test_the_config_in_a_checkpoint_does_not_run(tmp_path: Path, config: str, tr
     assert not marker.exists()
 
 
-def test_what_is_left_of_a_checkpoint_to_resume(tmp_path: Path, runtime: Any) -> None:
+def test_what_is_left_of_a_checkpoint_to_resume(tmp_path: Path) -> None:
     log, info = dict(loss=HistoryBuffer([1.0], [1])), dict(best_score=np.float64(0.25))
     hub = dict(log_scalars=log, runtime_info=info)
     torch.save(dict(meta=dict(epoch=3, config='code'), message_hub=hub), tmp_path / 'a.pth')
-    assert runtime.load_from_file_as_data(str(tmp_path / 'a.pth')) == dict(
+    assert load_checkpoint_safely(str(tmp_path / 'a.pth')) == dict(
         meta=dict(epoch=3), message_hub=dict(log_scalars={}, runtime_info=dict(best_score=0.25))
     )

@@ -9,12 +9,12 @@ from typing import Any, Iterator
 
 import pytest
 import torch
+from helpers.processes import free_port
+from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
-from test_distributed import free_port
-from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
 from torch import distributed
 from torch.multiprocessing import spawn
 
@@ -35,7 +35,7 @@ def read_model(scope: str, folder: Path) -> Config:
         assert cfg.decode_head.type == 'SegformerHead'
         cfg.decode_head.dropout_ratio = 0.0
     else:
-        from teacher import write_teacher
+        from helpers.teacher import write_teacher
 
         cfg.type = 'emo2_mm.distill.DistilledImageClassifier'
         cfg.update(teacher=write_teacher(folder, 2), teacher_size=SIDE)

@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import CONFIGS, ROOT, call_tool, model_of, run, write_config
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from PIL import Image
-from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, imported, run, write_config
 
-TEXTS = {'mmdet': DETECTOR, 'mmseg': SEGMENTOR, 'mmpretrain': CLASSIFIER}
-
-
-@pytest.fixture(scope='module')
-def tool():
-    with imported('infer') as module:
-        yield module
+from emo2_mm import apis
 
 
 @pytest.fixture
-def main(tool, monkeypatch, capsys, tmp_path):
+def main(monkeypatch, capsys, tmp_path):
     """Run the tool in this process; returns its exit status, its output and its errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['infer.py', *map(str, args)])
-        return (tool.main(), *capsys.readouterr())
+        return (call_tool('infer.py', *args), *capsys.readouterr())
 
     return run
-
-
-def model_of(cfg):
-    """A model of a config with random weights, the same each time."""
-    init_default_scope(cfg.default_scope)
-    if cfg.default_scope == 'mmpretrain':
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    if cfg.default_scope == 'mmseg':
-        model.decode_head.conv_seg.weight.data.mul_(100)  # both classes somewhere
-    return model.eval()
 
 
 @pytest.fixture
@@ -55,7 +34,7 @@ def tiny(request, tmp_path, monkeypatch):
     """In a folder: the config of a scope (tiny.py, the fixture's value), tiny.pth and image.png."""
     pytest.importorskip(request.param)
     monkeypatch.chdir(tmp_path)
-    cfg = Config.fromfile(write_config(tmp_path, TEXTS[request.param]))
+    cfg = Config.fromfile(write_config(tmp_path, CONFIGS[request.param]))
     meta = dict(dataset_meta=dict(classes=('night', 'day'), palette=[[0, 0, 128], [255, 255, 0]]))
     torch.save(dict(state_dict=model_of(cfg).state_dict(), meta=meta), 'tiny.pth')
     pixels = np.random.RandomState(0).randint(0, 256, (6, 10, 3), np.uint8)
@@ -104,8 +83,8 @@ def test_lower_scores_are_left_out(tiny, main):
 
 
 @scopes('mmdet')
-def test_surest_object_is_drawn_last(tiny, tool, tmp_path, monkeypatch):
-    inferencer = tool.build(tiny, 'tiny.pth', 'cpu')
+def test_surest_object_is_drawn_last(tiny, tmp_path, monkeypatch):
+    inferencer = apis.init_inferencer(tiny, 'tiny.pth', 'cpu')
     drawn = []
     own = inferencer.visualizer.add_datasample
 
@@ -114,14 +93,14 @@ def test_surest_object_is_drawn_last(tiny, tool, tmp_path, monkeypatch):
         own(name, image, sample, **kwargs)
 
     monkeypatch.setattr(inferencer.visualizer, 'add_datasample', watch)
-    tool.detect(inferencer, tmp_path / 'image.png', None, 0.0)
+    apis.detect(inferencer, tmp_path / 'image.png', None, 0.0)
     assert len(drawn) > 3 and drawn == sorted(drawn)
 
 
 @pytest.mark.parametrize(
     'method', [pytest.param('mask-rcnn_emo2_1m', marks=pytest.mark.slow), 'ssdlite_emo2_1m_320']
 )
-def test_other_detectors(tool, tmp_path, method):
+def test_other_detectors(tmp_path, method):
     """Masks are written; the head of SSD, which lacks what MMDetection 3.3 asks for, predicts."""
     pytest.importorskip('mmdet')
     cfg = Config.fromfile(ROOT / f'configs/det/{method}.py')
@@ -130,8 +109,8 @@ def test_other_detectors(tool, tmp_path, method):
         model.roi_head.bbox_head.fc_cls.bias.data[3] += 6
     torch.save(model.state_dict(), tmp_path / 'tiny.pth')
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / 'a.png')
-    inferencer = tool.build(cfg, str(tmp_path / 'tiny.pth'), 'cpu')
-    objects = tool.detect(inferencer, tmp_path / 'a.png', None, 0.0)[0]['objects']
+    inferencer = apis.init_inferencer(cfg, str(tmp_path / 'tiny.pth'), 'cpu')
+    objects = apis.detect(inferencer, tmp_path / 'a.png', None, 0.0)[0]['objects']
     if method.startswith('mask'):
         assert objects[0]['class'] == 'motorcycle'
         assert objects[0]['mask']['size'] == [60, 80]
@@ -183,18 +162,18 @@ def test_classes_are_those_of_the_classifier(tiny, main):
 
 
 @scopes('mmdet')
-def test_names_of_classes(tiny, tool):
+def test_names_of_classes(tiny):
     names = dict(classes=('night', 'day'), palette=[[0, 0, 128], [255, 255, 0]])
-    assert tool.find_names(names, tiny) == names
+    assert apis.find_names(names, tiny) == names
     own = ('dark', 'light')  # the config's
     for known in (None, {}, 'text', dict(classes=('a', 'b', 'c'), palette=[[1, 2, 3]])):
-        found = tool.find_names(known, tiny)
+        found = apis.find_names(known, tiny)
         assert found['classes'] == own
         assert np.shape(found['palette']) == (2, 3)
     del tiny.test_dataloader.dataset.metainfo
-    assert tool.find_names(None, tiny)['classes'] == ('0', '1')
+    assert apis.find_names(None, tiny)['classes'] == ('0', '1')
     tiny.model.bbox_head.num_classes = 80
-    assert tool.find_names(None, tiny)['classes'][:2] == ('person', 'bicycle')
+    assert apis.find_names(None, tiny)['classes'][:2] == ('person', 'bicycle')
 
 
 ODD = {
@@ -260,13 +239,13 @@ def test_image_that_the_network_cannot_take(tiny, main):
 
 
 @scopes('mmpretrain')
-def test_files_of_a_folder(tiny, tool, main, tmp_path, monkeypatch):
+def test_files_of_a_folder(tiny, main, tmp_path, monkeypatch):
     """In order, with the time left; hidden ones and those in folders are left out."""
     (tmp_path / 'images/inner').mkdir(parents=True)
     for name in ('b.png', 'a.png', '.hidden.png', 'inner/c.png'):
         Image.new('RGB', (20, 10)).save(tmp_path / 'images' / name)
     clock = iter((100, 130, 160))  # half a minute for each
-    monkeypatch.setattr(tool, 'time', SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(apis, 'time', SimpleNamespace(time=lambda: next(clock)))
     status, out, _ = main('tiny.py', 'tiny.pth', 'images', '--out', 'new/folder')
     assert status == 0
     lines = out.splitlines()
@@ -295,9 +274,9 @@ def test_no_code_of_a_checkpoint_runs(tiny, main):
 
 
 @scopes('mmdet')
-def test_other_reading_is_left_as_it_was(tiny, tool):
+def test_other_reading_is_left_as_it_was(tiny):
     before = CheckpointLoader._get_checkpoint_loader('x.pth')
-    with tool.loads({'a': 1}):
+    with apis.loads({'a': 1}):
         assert CheckpointLoader.load_checkpoint('x.pth') == {'a': 1}
     assert CheckpointLoader._get_checkpoint_loader('x.pth') is before
 

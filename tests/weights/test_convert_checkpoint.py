@@ -10,24 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.golden import generated_state_dict, golden_cases, normal, relative_error
-from helpers.tiny import ROOT, imported
+from helpers.tiny import ROOT, call_tool
 
 from emo2_mm import EMOv2, __version__
+from emo2_mm import convert as conversion
 
 mmpretrain = pytest.importorskip('mmpretrain')
 
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
 
 
-@pytest.fixture
-def tool():
-    with imported('convert_checkpoint') as module:
-        yield module
-
-
 def convert(src, dst):
-    with imported('convert_checkpoint') as module:
-        return module.convert(str(src), Path(dst))
+    return conversion.convert(str(src), Path(dst))
 
 
 @pytest.mark.parametrize('arch', EMOv2.arch_settings)
@@ -77,14 +71,14 @@ RECIPES = {
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_recipe_is_told_by_the_name(name, tool):
+def test_recipe_is_told_by_the_name(name):
     recipe = RECIPES[name]
-    assert tool.find_recipe(name, '5m', {}) == recipe
+    assert conversion.find_recipe(name, '5m', {}) == recipe
     assert recipe is None or (ROOT / f'configs/cls/{recipe}.py').is_file()
 
 
 @pytest.mark.parametrize('kind', ['pth', 'safetensors'])
-def test_recipe_is_kept(kind, tool, tmp_path):
+def test_recipe_is_kept(kind, tmp_path):
     if kind == 'safetensors':
         pytest.importorskip('safetensors')
     torch.save(generated_state_dict('1m', 3), tmp_path / 'EMOv2_1M_224_KD.pth')
@@ -92,7 +86,7 @@ def test_recipe_is_kept(kind, tool, tmp_path):
     said = convert(tmp_path / f'one.{kind}', tmp_path / f'two.{kind}')
     assert 'arch 1m, recipe emo2_1m_kd, ' in said
     assert (tmp_path / f'one.{kind}').read_bytes() == (tmp_path / f'two.{kind}').read_bytes()
-    assert tool.find_recipe('a.pth', '1m', {'meta': [1]}) is None
+    assert conversion.find_recipe('a.pth', '1m', {'meta': [1]}) is None
 
 
 @pytest.mark.parametrize('arch', ['1m', '5m'])
@@ -122,15 +116,13 @@ def test_command_line(tmp_path):
     assert done.stdout == f'{tmp_path}/dst.pth: arch 1m, recipe unknown, 228 tensors, 1000 classes\n'
 
 
-def test_errors_on_the_command_line(tool, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(tmp_path / 'dst.pth')])
-    assert tool.main() == 1
+def test_errors_on_the_command_line(tmp_path, capsys):
+    assert call_tool('convert_checkpoint.py', tmp_path / 'none.pth', tmp_path / 'dst.pth') == 1
     said = capsys.readouterr()
     assert (said.out, said.err) == ('', f'error: {tmp_path}/none.pth: no such checkpoint file\n')
     for arg, code in (('--help', 0), ('only_src.pth', 2)):
-        monkeypatch.setattr(sys, 'argv', ['tool', arg])
         with pytest.raises(SystemExit) as stop:
-            tool.main()
+            call_tool('convert_checkpoint.py', arg)
         assert stop.value.code == code
 
 

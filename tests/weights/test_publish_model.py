@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import BOMBS, assert_equal, logging_objects, other, prefixed
 from helpers.golden import generated_state_dict
+from helpers.tiny import CONFIGS, DETECTOR, call_tool, model_of, run, write_config, write_data
 from mmengine.config import Config
-from test_checkpoint import BOMBS, assert_equal, logging_objects, other, prefixed
-from test_infer import TEXTS, model_of
-from helpers.tiny import DETECTOR, imported, run, write_config, write_data
 from torch.hub import HASH_REGEX
 
 from emo2_mm import EMOv2, __version__
+from emo2_mm import publish as publication
+from emo2_mm.apis import init_inferencer
 from emo2_mm.weights.load import find_state_dict, match_weights
 from emo2_mm.weights.read import read_checkpoint
 
@@ -61,8 +62,7 @@ def trained(weights, tmp_path):
 
 def publish(src, out):
     """Publish a file; returns what was written and what was said of it."""
-    with imported('publish_model') as tool:
-        said = tool.publish(Path(src), Path(out))
+    said = publication.publish(Path(src), Path(out))
     return Path(said.split(': ')[0]), said
 
 
@@ -219,25 +219,22 @@ def test_errors_on_the_command_line(trained, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ('safetensors', 'safetensors.torch'):
         monkeypatch.setitem(sys.modules, name, None)
-    with imported('publish_model') as tool:
-        for src, out, expected in cases:
-            monkeypatch.setattr(sys, 'argv', ['publish_model.py', src, out])
-            assert tool.main() == 1
-            said = capsys.readouterr()
-            assert said.out == '' and said.err.startswith('error: ') and expected in said.err
+    for src, out, expected in cases:
+        assert call_tool('publish_model.py', src, out) == 1
+        said = capsys.readouterr()
+        assert said.out == '' and said.err.startswith('error: ') and expected in said.err
     assert not list(tmp_path.glob('*out*'))
 
 
-@pytest.mark.parametrize('scope', TEXTS)
+@pytest.mark.parametrize('scope', CONFIGS)
 def test_classes_reach_those_who_infer(scope, kind, tmp_path):
     """tools/infer.py, and of torch.save also the inferencers of the code bases."""
     pytest.importorskip(scope)
-    cfg = Config.fromfile(write_config(tmp_path, TEXTS[scope]))
+    cfg = Config.fromfile(write_config(tmp_path, CONFIGS[scope]))
     content = checkpoint(model_of(cfg).state_dict(), dataset_meta=dict(classes=('night', 'day')))
     torch.save(content, tmp_path / 'in.pth')
     path = str(publish(tmp_path / 'in.pth', tmp_path / f'a.{kind}')[0])
-    with imported('infer') as tool:
-        inferencer = tool.build(cfg, path, 'cpu')
+    inferencer = init_inferencer(cfg, path, 'cpu')
     classifies = scope == 'mmpretrain'
     names = inferencer.classes if classifies else inferencer.model.dataset_meta['classes']
     assert list(names) == ['night', 'day']
@@ -288,10 +285,8 @@ def test_a_trained_detector(tmp_path, monkeypatch):
     config = write_config(tmp_path, unnamed, 'unnamed.py')
     found = []
     for path in (trained, file, other):
-        argv = ['infer.py', str(config), path, 'coco/images/0.png', '--score-thr', '0', '--device', 'cpu']
-        monkeypatch.setattr(sys, 'argv', argv)
-        with imported('infer') as tool:
-            assert tool.main() == 0
+        options = ['--score-thr', '0', '--device', 'cpu']
+        assert call_tool('infer.py', config, path, 'coco/images/0.png', *options) == 0
         found.append(json.loads(Path('predictions/preds/0.png.json').read_text())['objects'])
     assert len(found[0]) > 3 and {x['class'] for x in found[0]} <= {'dark', 'light'}
     assert found[0] == found[1] == found[2]
