@@ -297,18 +297,18 @@ class TestErrors:
 
     def test_teacher_of_other_classes(self) -> None:
         model = build(dict(pixel_teacher(), classes=4))
-        message = 'PixelTeacher scores 4 classes, the student 6; take a teacher of the same classes'
+        message = 'PixelTeacher has 4 classes, the student 6; use a teacher with the same classes'
         with pytest.raises(ValueError, match=message):
             losses_of(model, batch())
 
     def test_no_file_of_weights(self) -> None:
-        message = '(?s)ImageClassifier cannot be had: .*nowhere.pth.*model.teacher.pretrained=FILE'
+        message = '(?s)could not load teacher ImageClassifier: .*nowhere.pth.*model.teacher.pretrained=FILE'
         with pytest.raises(RuntimeError, match=message):
             build(dict(classifier(CLASSES), pretrained='nowhere.pth'))
 
     def test_weights_that_do_not_fit(self, tmp_path: Path) -> None:
         torch.save({'net': {}}, tmp_path / 'other.pth')
-        with pytest.raises(RuntimeError, match='(?s)ImageClassifier cannot be had: .*Missing key'):
+        with pytest.raises(RuntimeError, match='(?s)could not load teacher ImageClassifier: .*Missing key'):
             build(dict(classifier(CLASSES), pretrained=str(tmp_path / 'other.pth')))
 
     def test_weights_that_would_run_code(self, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ class TestErrors:
                 return os.mkdir, (str(tmp_path / 'ran'),)
 
         torch.save({'state_dict': {}, 'meta': Bomb()}, tmp_path / 'bomb.pth')
-        with pytest.raises(RuntimeError, match='(?s)ImageClassifier cannot be had: .*bomb.pth'):
+        with pytest.raises(RuntimeError, match='(?s)could not load teacher ImageClassifier: .*bomb.pth'):
             build(dict(classifier(CLASSES), pretrained=str(tmp_path / 'bomb.pth')))
         assert not (tmp_path / 'ran').exists()
 
@@ -347,7 +347,8 @@ import emo2_mm.distill
         self, timm_teacher: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, 'timm.models', None)
-        with pytest.raises(RuntimeError, match=r'test_resnet.r160_in1k cannot .*\n.*install emo2_mm\[kd\]'):
+        message = r'could not load teacher test_resnet.r160_in1k: .*\n.*install emo2_mm\[kd\]'
+        with pytest.raises(RuntimeError, match=message):
             build(timm_teacher)
 
     def test_weights_cannot_be_downloaded(
@@ -356,7 +357,7 @@ import emo2_mm.distill
         constants = pytest.importorskip('huggingface_hub').constants
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-        message = '(?s)test_resnet.r160_in1k cannot be had: .*teacher.checkpoint_path=FILE'
+        message = '(?s)could not load teacher test_resnet.r160_in1k: .*teacher.checkpoint_path=FILE'
         with pytest.raises(RuntimeError, match=message):
             build(timm_teacher)
 
@@ -379,7 +380,9 @@ import emo2_mm.distill
 
         torch.save({'state_dict': {}, 'meta': Bomb()}, tmp_path / 'bomb.pth')
         timm_teacher.update(pretrained=False, checkpoint_path=str(tmp_path / 'bomb.pth'))
-        with pytest.raises(RuntimeError, match='(?s)test_resnet.* cannot be had: .*bomb.pth.*names .*system'):
+        with pytest.raises(
+            RuntimeError, match='(?s)could not load teacher test_resnet.*: .*bomb.pth.*system is not on'
+        ):
             build(timm_teacher)
         assert not (tmp_path / 'marker').exists()
 

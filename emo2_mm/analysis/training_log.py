@@ -13,7 +13,7 @@ from typing import Dict, NamedTuple, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import MaxNLocator
 
 Line = Dict[str, float]
 Lines = Dict[int, Line]  # by the "step" they were logged at

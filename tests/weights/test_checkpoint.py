@@ -355,7 +355,7 @@ def test_the_arch_is_told_from_the_shapes(arch):
 
 def test_another_arch(published, tmp_path):
     text = message(EMOv2('5m'), published, tmp_path)
-    assert "the file holds arch '1m'; set arch='1m'" in text
+    assert "the file contains arch '1m'; set arch='1m'" in text
     assert 'stem.conv.weight (16, 3, 3, 3) for (24, 3, 3, 3)' in text
     assert 'missing: stages.0.2.' in text and '0 of 242 weights of EMOv2 were found' in text
 
@@ -411,9 +411,9 @@ def test_another_network(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'expected'),
     [
-        ([torch.ones(1)], 'it holds a list, not a state dict'),
-        ({}, 'it holds no weights; its keys are: none'),
-        ({'net': {}, 'epoch': 3}, 'it holds no weights; its keys are: net, epoch'),
+        ([torch.ones(1)], 'it contains a list, not a state dict'),
+        ({}, 'it contains no weights; its keys are: none'),
+        ({'net': {}, 'epoch': 3}, 'it contains no weights; its keys are: net, epoch'),
     ],
 )
 def test_no_state_dict(content, expected, tmp_path):
@@ -540,7 +540,7 @@ def test_code_is_refused(name, place, tmp_path):
     if place == 'state dict':
         content['state_dict']['x'] = BOMBS[name](marker)
     torch.save(content, tmp_path / 'f.pth')
-    refused(tmp_path / 'f.pth', marker, 'not among the harmless things')
+    refused(tmp_path / 'f.pth', marker, 'is not on the allow-list')
 
 
 @pytest.mark.parametrize('form', ['legacy', 'tar'])
@@ -580,11 +580,11 @@ REBUILD = b'ctorch._utils\n_rebuild_tensor_v2\n'
 TRICKS = {
     'dotted name': (
         b'\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_tensor_v2.__globals__\x93.',
-        r'it names torch._utils._rebuild_tensor_v2.__globals__, which is not among the harmless things',
+        r'torch._utils._rebuild_tensor_v2.__globals__ is not on the allow-list',
     ),
     'change a function': (
         b'\x80\x02' + REBUILD + b'N}' + text('__defaults__') + b')s\x86b.',
-        'it changes a function',
+        'it modifies a function',
     ),
     'change a class': (
         b'\x80\x02ccollections\nOrderedDict\nN}' + text('get') + b'Ns\x86b.',
@@ -596,7 +596,7 @@ TRICKS = {
     ),
     'another opcode': (
         b'\x80\x02(' + text('true') + b'iposix\nsystem\n.',
-        'it names posix.system, which is not among the harmless things',
+        'posix.system is not on the allow-list',
     ),
     'extension code': (b'\x80\x02\x82\x01.', 'unregistered extension code 1'),
     'key that is not text': (

@@ -153,9 +153,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ('change', 'expected'),
     [
-        (lambda w: {k: v for k, v in w.items() if 'head' not in k}, 'holds no classifier head'),
+        (lambda w: {k: v for k, v in w.items() if 'head' not in k}, 'has no classifier head'),
         (lambda w: {k: v for k, v in w.items() if k != 'norm.norm.bias'}, '1 missing: norm.bias'),
-        (lambda w: {'conv1.weight': torch.ones(1)}, 'weights of none of the archs'),
+        (lambda w: {'conv1.weight': torch.ones(1)}, 'the weights match none of the archs'),
     ],
     ids=['dense', 'without norm', 'another network'],
 )

@@ -170,23 +170,23 @@ def test_what_is_not_known_is_left_out(case, kind, tmp_path):
     torch.save(dict(meta=meta, state_dict={'w': torch.ones(2)}, hub=logging_objects()), tmp_path / 'in.pth')
     path, said = publish(tmp_path / 'in.pth', tmp_path / f'a.{kind}')
     assert read_checkpoint(path)['meta'] == dict(expected, emo2_mm_version=__version__)
-    assert f': arch of its own, recipe {expected.get("recipe", "unknown")}, 1 tensors, ' in said
+    assert f': arch custom, recipe {expected.get("recipe", "unknown")}, 1 tensors, ' in said
 
 
 BAD = {
     'published weights': (
         lambda: generated_state_dict('1m', 3),
-        'it holds no state_dict; give a checkpoint of',
+        'it has no state_dict; give a checkpoint of',
     ),
-    'an empty state dict': (lambda: dict(state_dict={}), 'it holds no state_dict'),
-    'a list': (lambda: [torch.ones(2)], 'it holds no state_dict'),
+    'an empty state dict': (lambda: dict(state_dict={}), 'it has no state_dict'),
+    'a list': (lambda: [torch.ones(2)], 'it has no state_dict'),
     'a number in it': (
         lambda: dict(state_dict={'w': 1}),
-        "'w' in its state_dict is no tensor but 1; remove it",
+        "'w' in its state_dict is not a tensor but 1; remove it",
     ),
     'code': (
         lambda: dict(state_dict={'w': torch.ones(2)}, meta=BOMBS['builtins.eval']('marker')),
-        'not among the harmless things',
+        'is not on the allow-list',
     ),
 }
 
@@ -262,7 +262,7 @@ def test_a_trained_detector(tmp_path, monkeypatch):
     assert (done.returncode, done.stderr) == (0, '')
     file = done.stdout.split(': ')[0]
     assert re.fullmatch(r'retinanet-[0-9a-f]{8}\.safetensors', file)
-    assert 'arch of its own, recipe tiny, ' in done.stdout
+    assert 'arch custom, recipe tiny, ' in done.stdout
     monkeypatch.chdir(tmp_path)
     other = str(publish(trained, 'retinanet.pth')[0])
     meta = read_checkpoint(other)['meta']
