@@ -73,7 +73,7 @@ def test_objects_are_those_of_the_detector(tiny, main):
 
 
 @scopes('mmdet')
-def test_lower_scores_are_left_out(tiny, main):
+def test_objects_below_the_score_threshold_are_left_out(tiny, main):
     main('tiny.py', 'tiny.pth', 'image.png', '--score-thr', 0)
     every = read('predictions/preds/image.png.json')['objects']
     middle = (every[2]['score'] + every[3]['score']) / 2
@@ -83,7 +83,7 @@ def test_lower_scores_are_left_out(tiny, main):
 
 
 @scopes('mmdet')
-def test_surest_object_is_drawn_last(tiny, tmp_path, monkeypatch):
+def test_the_object_with_the_highest_score_is_drawn_last(tiny, tmp_path, monkeypatch):
     inferencer = apis.init_inferencer(tiny, 'tiny.pth', 'cpu')
     drawn = []
     own = inferencer.visualizer.add_datasample
@@ -100,7 +100,7 @@ def test_surest_object_is_drawn_last(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'method', [pytest.param('mask-rcnn_emo2_1m', marks=pytest.mark.slow), 'ssdlite_emo2_1m_320']
 )
-def test_other_detectors(tmp_path, method):
+def test_masks_are_written_and_ssd_predicts(tmp_path, method):
     """Masks are written; the head of SSD, which lacks what MMDetection 3.3 asks for, predicts."""
     pytest.importorskip('mmdet')
     cfg = Config.fromfile(ROOT / f'configs/det/{method}.py')
@@ -162,7 +162,7 @@ def test_classes_are_those_of_the_classifier(tiny, main):
 
 
 @scopes('mmdet')
-def test_names_of_classes(tiny):
+def test_class_names_come_from_the_checkpoint_then_the_config(tiny):
     names = dict(classes=('night', 'day'), palette=[[0, 0, 128], [255, 255, 0]])
     assert apis.find_names(names, tiny) == names
     own = ('dark', 'light')  # the config's
@@ -190,7 +190,7 @@ ODD = {
 
 
 @scopes('mmpretrain', 'mmseg')
-def test_odd_images(tiny, main, tmp_path):
+def test_images_of_any_mode_and_size_are_read(tiny, main, tmp_path):
     os.mkdir('images')
     for name, image in ODD.items():
         image.save(tmp_path / 'images' / name)
@@ -208,7 +208,7 @@ def test_odd_images(tiny, main, tmp_path):
 
 
 @scopes('mmdet')
-def test_files_that_cannot_be_read(tiny, main, tmp_path):
+def test_files_that_cannot_be_read_are_skipped_and_named(tiny, main, tmp_path):
     folder = tmp_path / 'images'
     folder.mkdir()
     whole = np.random.RandomState(0).randint(0, 256, (40, 50, 3), np.uint8)
@@ -231,7 +231,7 @@ def test_files_that_cannot_be_read(tiny, main, tmp_path):
 
 
 @scopes('mmdet')
-def test_image_that_the_network_cannot_take(tiny, main):
+def test_an_image_that_the_network_cannot_process_is_skipped(tiny, main):
     Image.new('RGB', (1, 3000)).save('image.png')  # resized to a width of 0
     status, out, err = main('tiny.py', 'tiny.pth', 'image.png')
     assert (status, err) == (1, '1 of 1 files were skipped: image.png\n')
@@ -239,7 +239,7 @@ def test_image_that_the_network_cannot_take(tiny, main):
 
 
 @scopes('mmpretrain')
-def test_files_of_a_folder(tiny, main, tmp_path, monkeypatch):
+def test_files_of_a_folder_are_processed_in_order(tiny, main, tmp_path, monkeypatch):
     """In order, with the time left; hidden ones and those in folders are left out."""
     (tmp_path / 'images/inner').mkdir(parents=True)
     for name in ('b.png', 'a.png', '.hidden.png', 'inner/c.png'):
@@ -274,7 +274,7 @@ def test_no_code_of_a_checkpoint_runs(tiny, main):
 
 
 @scopes('mmdet')
-def test_other_reading_is_left_as_it_was(tiny):
+def test_the_checkpoint_loader_is_restored(tiny):
     before = CheckpointLoader._get_checkpoint_loader('x.pth')
     with apis.loads({'a': 1}):
         assert CheckpointLoader.load_checkpoint('x.pth') == {'a': 1}
@@ -282,7 +282,7 @@ def test_other_reading_is_left_as_it_was(tiny):
 
 
 @scopes('mmseg')
-def test_weights_of_another_model(tiny, main):
+def test_weights_of_another_model_are_an_error(tiny, main):
     content = torch.load('tiny.pth')
     weights = content['state_dict']
     weights['decode_head.conv_seg.bias'] = torch.zeros(3)
@@ -297,7 +297,7 @@ def test_weights_of_another_model(tiny, main):
 
 
 @scopes('mmseg')
-def test_wrong_use(tiny, main, tmp_path):
+def test_arguments_that_cannot_be_used_are_one_message(tiny, main, tmp_path):
     for arguments, message in (
         (['tiny.py', 'tiny.pth', 'gone'], 'error: gone: no such image or folder'),
         (['tiny.py', 'gone.pth', 'image.png'], 'error: gone.pth: no such checkpoint file'),
@@ -317,7 +317,7 @@ def test_wrong_use(tiny, main, tmp_path):
 
 @pytest.mark.slow
 @scopes('mmdet')
-def test_as_a_program(tiny, tmp_path):
+def test_the_tool_runs_as_a_program(tiny, tmp_path):
     result = run(tmp_path, 'infer.py', 'tiny.py', 'tiny.pth', 'image.png', '--device', 'cpu')
     assert result.returncode == 0, result.stderr
     assert result.stderr == ''

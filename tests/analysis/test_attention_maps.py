@@ -75,7 +75,7 @@ def test_attention_of_each_token_lies_in_its_windows(h, w, window):
             torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-def test_stages_of_a_backbone():
+def test_maps_of_a_stage_are_the_mean_over_its_blocks():
     """At (130, 70) of an image of 100 x 150 pixels, in the blocks' mean."""
     torch.manual_seed(0)
     backbone = EMOv2(ARCH, window_size=3, layer_scale_init_value=1.0).eval()
@@ -93,7 +93,7 @@ def test_stages_of_a_backbone():
     np.testing.assert_allclose(stages[0].maps, torch.stack(maps).mean(0), rtol=1e-4)
 
 
-def test_backbone_is_left_as_it_was():
+def test_no_hook_stays_on_the_backbone():
     backbone = EMOv2(ARCH, window_size=3).eval()
     attention_maps.look(backbone, torch.randn(1, 3, 64, 64), (0, 0))
     assert not any(module._forward_hooks for module in backbone.modules())
@@ -108,7 +108,7 @@ def test_backbone_is_left_as_it_was():
     ],
     ids=['rgb, padded', 'bgr', 'classification'],
 )
-def test_input_is_that_of_the_preprocessor(settings):
+def test_images_are_normalized_as_by_the_data_preprocessor(settings):
     pytest.importorskip(settings['type'].split('.')[0])
     settings = dict(mean=[120.0, 110.0, 100.0], std=[50.0, 60.0, 70.0], **settings)
     image = np.random.RandomState(0).randint(0, 256, (40, 50, 3), np.uint8)  # BGR
@@ -133,7 +133,7 @@ def test_input_is_that_of_the_preprocessor(settings):
         ('mmpretrain', dict(type='CenterCrop', crop_size=20), (60, 100)),
     ],
 )
-def test_size_is_that_of_testing_without_crop(scope, step, shape):
+def test_images_are_resized_as_in_testing_without_crop(scope, step, shape):
     pytest.importorskip(scope)
     pipeline = [dict(type='LoadImageFromFile'), step]
     data = dict(dataset=dict(type='RepeatDataset', dataset=dict(pipeline=pipeline)))
@@ -150,7 +150,7 @@ def save(tmp_path, config):
 
 
 @pytest.mark.parametrize('text', [CLASSIFIER, DETECTOR, SEGMENTOR], ids=['cls', 'det', 'seg'])
-def test_picture(main, figure, tmp_path, text):
+def test_the_picture_marks_the_point_in_each_panel(main, figure, tmp_path, text):
     scope = next(name for name in ('mmpretrain', 'mmdet', 'mmseg') if name in text)
     pytest.importorskip(scope)
     config = write_config(tmp_path, text)
@@ -167,7 +167,7 @@ def test_picture(main, figure, tmp_path, text):
         assert windows.get_ylabel() == 'stride 16, 1 blocks\n3 x 4 tokens\nwindows of 4 x 4'
 
 
-def test_shares_of_attention_are_told(figure, tmp_path):
+def test_labels_tell_the_share_of_the_brightest_token_and_of_padding(figure, tmp_path):
     """4 x 4 tokens, of which the last row and column are padding; one of them is the most attended."""
     maps = np.full((2, 4, 4), 0.04)
     maps[0, 1, 1], maps[0, 3, 3] = 0.14, 0.3
@@ -183,7 +183,7 @@ def test_shares_of_attention_are_told(figure, tmp_path):
     np.testing.assert_allclose(heat[1, 1], [*attention_maps.colormaps['inferno'](1.0)[:3], 0.95])
 
 
-def test_refused(main, tmp_path):
+def test_arguments_that_cannot_be_used_are_one_message(main, tmp_path):
     pytest.importorskip('mmdet')
     config = write_config(tmp_path, DETECTOR)
     save(tmp_path, config)

@@ -88,7 +88,7 @@ def takes_seconds(name):
 @pytest.mark.parametrize(
     'name', [pytest.param(name, marks=pytest.mark.slow) if takes_seconds(name) else name for name in MODELS]
 )
-def test_sizes_are_those_of_the_model_zoo_and_of_the_paper(name):
+def test_sizes_agree_with_the_model_zoo_and_the_paper(name):
     needs(MODELS[name])
     sizes = complexity.count(str(ROOT / MODELS[name]['Config']))
     meta = MODELS[name]['Metadata']
@@ -117,7 +117,7 @@ def test_sizes_are_those_of_the_model_zoo_and_of_the_paper(name):
 
 
 @pytest.mark.parametrize('name', [name for name in MODELS if 'retinanet' in name or 'mask-rcnn' in name])
-def test_parameters_of_large_detectors_are_the_papers(name):
+def test_parameters_of_large_detectors_agree_with_the_paper(name):
     needs(MODELS[name])
     cfg = Config.fromfile(ROOT / MODELS[name]['Config'])
     with complexity.DefaultScope.overwrite_default_scope('mmdet'):
@@ -155,7 +155,7 @@ def test_attention_counts_the_same_however_it_is_computed(attention, monkeypatch
     assert fused == linear + 12 * 49 * 49 * (40 + 140)
 
 
-def test_pooling_counts_the_same_however_it_is_spelt():
+def test_pooling_counts_nothing_in_either_form():
     class Mean(nn.Module):
         def forward(self, x):
             return x.mean((2, 3))
@@ -186,7 +186,7 @@ def test_json_is_one_line(main, monkeypatch):
     assert err == 'what a framework has to say\n'
 
 
-def test_table_shape_and_options(main):
+def test_shape_and_cfg_options_change_the_table(main):
     pytest.importorskip('mmpretrain')
     options = ('model.backbone.arch=2m', 'model.head.in_channels=200', 'model.head.num_classes=10')
     status, out, _ = main(config_file('cls/emo2_1m'), '--shape', 96, 128, '--cfg-options', *options)
@@ -247,7 +247,7 @@ def resize(width, height, keep_ratio):
         ({}, [dict(type='Resize', scale=292), dict(type='CenterCrop', crop_size=256)], (256, 256)),
     ],
 )
-def test_default_shape(preprocessor, pipeline, shape):
+def test_the_default_shape_is_that_of_the_published_tables(preprocessor, pipeline, shape):
     dataset = dict(type='CocoDataset', pipeline=[*pipeline, dict(type='Pack')])
     wrapped = dict(type='RepeatDataset', times=2, dataset=dataset)
     model = dict(data_preprocessor=preprocessor)
@@ -256,7 +256,7 @@ def test_default_shape(preprocessor, pipeline, shape):
         assert complexity.default_shape(cfg) == shape
 
 
-def test_segmentor_without_its_auxiliary_head_and_with_sync_bn(tmp_path):
+def test_auxiliary_heads_count_in_training_only(tmp_path):
     pytest.importorskip('mmseg')
 
     def head(channels, index):

@@ -191,14 +191,14 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(('env', 'level', 'what', 'cure'), FAULTS, ids=[fault[2] for fault in FAULTS])
-def test_fault_is_named_with_its_cure(env, level, what, cure):
+def test_a_fault_is_named_with_its_remedy(env, level, what, cure):
     (found,) = (finding for finding in environment.judge(env) if 'CVE' not in finding.what)
     assert found.level == level
     assert what in found.what
     assert cure in found.cure
 
 
-def test_good_environments():
+def test_working_environments_have_no_findings():
     (hole,) = environment.judge(CLASSIC)
     assert hole.level == 'warning'
     assert environment.judge(FORKS) == []
@@ -212,7 +212,7 @@ def test_good_environments():
     ('torch', 'holes'),
     [('2.1.2+cu121', 2), ('2.5.1', 2), ('2.6.0', 1), ('2.9.1+cpu', 1), ('2.10.0', 0), ('3.0.0a1', 0)],
 )
-def test_loading_holes(torch, holes):
+def test_vulnerable_torch_versions_are_warned_about(torch, holes):
     env = version(FORKS._replace(torchvision_wants=''), 'torch', torch)
     found = environment.judge(env)
     assert [finding.level for finding in found] == ['warning'] * bool(holes)
@@ -222,18 +222,18 @@ def test_loading_holes(torch, holes):
     assert all('2.10 or newer' in finding.cure and '.safetensors' in finding.cure for finding in found)
 
 
-def test_code_base_that_works_was_told_to_accept_the_version():
+def test_a_library_that_works_with_an_unsupported_mmcv_is_no_finding():
     assert [finding.level for finding in environment.judge(version(CLASSIC, 'mmcv', '2.2.0'))] == ['warning']
 
 
-def test_cures_fit_the_python():
+def test_remedies_fit_the_python_version():
     for python, name in [('3.11.2', 'classic.txt mmengine'), ('3.12.1', 'onedl.txt onedl-mmengine')]:
         nothing = environment.Environment(python, installed={}, present=[], modules={})
         cures = [finding.cure for finding in environment.judge(nothing)]
         assert f'pip install -c requirements/{name}' in cures
 
 
-def test_worst_comes_first():
+def test_findings_are_sorted_by_severity():
     found = environment.judge(without(NO_RESOURCES, *BASES))
     assert [finding.level for finding in found] == ['error', 'warning', 'note']
 
@@ -301,7 +301,7 @@ def doctor(tmp_path):
     return run
 
 
-def test_nothing_wrong(doctor):
+def test_working_packages_give_no_findings(doctor):
     done = doctor(PACKAGES, '--json')
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)  # the noise of a module is not in it
@@ -310,7 +310,7 @@ def test_nothing_wrong(doctor):
     assert report['torchvision_wants'] == '2.11.0'
 
 
-def test_nothing_installed(doctor):
+def test_every_missing_package_is_named(doctor):
     done = doctor({})
     assert done.returncode == 1
     for name in ('torch', 'torchvision', 'numpy', 'mmengine', 'emo2_mm'):
@@ -318,7 +318,7 @@ def test_nothing_installed(doctor):
     assert 'Traceback' not in done.stderr
 
 
-def test_crash_is_a_finding_and_the_rest_is_still_tried(doctor):
+def test_a_crash_is_a_finding_and_the_rest_is_still_tried(doctor):
     more = {'torchvision/__init__.py': 'import os; os.abort()', 'pkg_resources.py': 'raise SystemExit(3)'}
     done = doctor({**PACKAGES, **more})
     assert done.returncode == 1
@@ -332,7 +332,7 @@ def test_crash_is_a_finding_and_the_rest_is_still_tried(doctor):
     assert states['pkg_resources'] == 'fails'
 
 
-def test_faults_of_real_modules(doctor):
+def test_faults_of_modules_are_found(doctor):
     more = {
         'torch.py': TORCH.replace('self): pass', 'self): raise RuntimeError').replace('True', 'False'),
         'torchvision.dist-info/METADATA': 'Name: torchvision\nRequires-Dist: torch (==2.10.0)',
@@ -370,7 +370,7 @@ def test_faults_of_real_modules(doctor):
 
 
 @pytest.mark.slow
-def test_environment_at_hand():
+def test_this_environment_has_no_errors():
     import mmcv
     import mmpretrain
     import torch
@@ -388,7 +388,7 @@ def test_environment_at_hand():
 
 
 @pytest.mark.slow
-def test_fake_mmcv_before_the_one_at_hand(tmp_path):
+def test_an_mmcv_without_operators_is_an_error(tmp_path):
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv' / '__init__.py').write_text("__version__ = '2.1.0'")
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}

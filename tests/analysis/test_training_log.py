@@ -50,7 +50,7 @@ def panels(figure):
     return {ax.get_title(): ax for ax in figure().axes if ax.get_visible()}
 
 
-def test_pieces_of_a_resumed_run(tmp_path):
+def test_pieces_of_a_resumed_run_are_joined(tmp_path):
     """The second goes on from epoch 2 (of 10 steps), after the first was broken off in epoch 3."""
     first = training(5, 10, 15, 20, 25, epoch_length=10, loss=1.0)
     first[2:2] = [validation(1, mIoU=1.0)]
@@ -64,7 +64,7 @@ def test_pieces_of_a_resumed_run(tmp_path):
 
 
 @pytest.mark.parametrize('epoch_length', [10, None])
-def test_run_begun_anew(tmp_path, epoch_length):
+def test_a_restarted_run_replaces_the_older_one(tmp_path, epoch_length):
     """Nothing of an older and longer run is left."""
     val = 3 if epoch_length else 30
     write(tmp_path, [*training(10, 20, 30, epoch_length=epoch_length, loss=1.0), validation(val, mIoU=1.0)])
@@ -81,7 +81,7 @@ def test_validation_after_the_last_line_of_a_piece_is_kept(tmp_path):
     assert training_log.read_run(tmp_path, 'run').curve('mIoU', in_epochs=False) == ([100, 200], [1, 2])
 
 
-def test_last_line_that_was_cut_off(tmp_path):
+def test_a_truncated_last_line_is_ignored(tmp_path):
     file = write(tmp_path, training(10, 20)) / '20260101_000000/vis_data/scalars.json'
     file.write_text(file.read_text() + '{"lr": 0.1, "lo')
     assert training_log.read_run(tmp_path, 'run').curve('loss', in_epochs=False)[0] == [10, 20]
@@ -91,7 +91,7 @@ def test_last_line_that_was_cut_off(tmp_path):
 
 
 @pytest.mark.parametrize('given', ['', '20260101_000000', '20260101_000000/vis_data/scalars.json'])
-def test_ways_to_name_a_run(tmp_path, given):
+def test_a_run_is_a_work_dir_or_a_file(tmp_path, given):
     write(tmp_path, training(10))
     assert list(training_log.read_run(tmp_path / given, 'run').train) == [10]
 
@@ -101,7 +101,7 @@ def test_only_numbers_are_read(tmp_path):
     assert training_log.read_run(tmp_path, 'run').logged() == ['lr', 'loss', 'grad_norm']
 
 
-def test_epochs(tmp_path):
+def test_the_epoch_length_follows_from_logged_steps(tmp_path):
     """Every 20th step of 90 is logged, the last ones of an epoch not; broken off in the third."""
     steps = [90 * epoch + 20 * i for epoch in range(3) for i in range(1, 5)][:-1]
     lines = [*training(*steps, epoch_length=90), validation(1, mAP=0.1), validation(3, mAP=0.3)]
@@ -112,18 +112,18 @@ def test_epochs(tmp_path):
     assert run.curve('loss', in_epochs=True)[0] == pytest.approx([step / 90 for step in steps])
 
 
-def test_first_epoch(tmp_path):
+def test_the_epoch_length_is_known_in_the_first_epoch(tmp_path):
     run = training_log.read_run(write(tmp_path, training(50, 100, epoch_length=100)), 'run')
     assert run.epoch_length == 100
 
 
-def test_run_without_epochs(tmp_path):
+def test_a_run_by_iterations_has_no_epochs(tmp_path):
     run = training_log.read_run(write(tmp_path, [*training(50, 100), validation(100, mIoU=1.0)]), 'run')
     assert run.epoch_length is None
     assert run.curve('mIoU', in_epochs=False) == ([100], [1])
 
 
-def test_default_keys(tmp_path, main, figure):
+def test_loss_learning_rate_and_metrics_are_drawn_by_default(tmp_path, main, figure):
     metrics = dict(mAP=0.5, mAP_l=-1.0)
     lines = [*training(10, 20, epoch_length=10, loss_cls=0.5, grad_norm=1.0), validation(1, **metrics)]
     assert main(write(tmp_path / 'run', lines)) == (0, '')
@@ -131,14 +131,14 @@ def test_default_keys(tmp_path, main, figure):
     assert Image.open(tmp_path / 'curves.png').format == 'PNG'
 
 
-def test_chosen_keys(tmp_path, main, figure):
+def test_chosen_keys_are_drawn(tmp_path, main, figure):
     write(tmp_path / 'run', training(10, 20, loss_cls=0.5))
     assert main('run', '--keys', 'loss_cls', '--out', 'new/picture.jpg') == (0, '')
     assert list(panels(figure)) == ['loss_cls']
     assert Image.open(tmp_path / 'new/picture.jpg').format == 'JPEG'
 
 
-def test_curves_of_runs(tmp_path, main, figure):
+def test_runs_are_drawn_in_common_panels(tmp_path, main, figure):
     write(tmp_path / 'a', [*training(10, 20, epoch_length=10), validation(1, mAP=0.5)])
     write(tmp_path / 'b', training(20, 40, epoch_length=20, loss=9.0))
     assert main('a', 'b') == (0, '')
@@ -151,7 +151,7 @@ def test_curves_of_runs(tmp_path, main, figure):
     assert [text.get_text() for text in figure().legends[0].texts] == ['a', 'b']
 
 
-def test_epochs_beside_iterations(tmp_path, main, figure):
+def test_runs_by_epoch_and_by_iteration_share_an_axis_of_iterations(tmp_path, main, figure):
     write(tmp_path / 'a', [*training(10, 20, epoch_length=10), validation(2, mAP=0.5)])
     write(tmp_path / 'b', training(10, 20))
     assert main('a', 'b') == (0, '')
@@ -160,25 +160,25 @@ def test_epochs_beside_iterations(tmp_path, main, figure):
     assert metric.get_xlabel() == 'iteration'
 
 
-def test_runs_of_the_same_name(tmp_path, main, figure):
+def test_runs_of_the_same_name_are_told_apart_by_path(tmp_path, main, figure):
     write(tmp_path / 'a/run', training(10))
     write(tmp_path / 'b/run', training(10))
     assert main('a/run', 'b/run') == (0, '')
     assert [text.get_text() for text in figure().legends[0].texts] == ['a/run', 'b/run']
 
 
-def test_loss_that_is_not_a_number(tmp_path, main, figure):
+def test_a_loss_of_nan_has_no_label(tmp_path, main, figure):
     write(tmp_path / 'run', training(10, 20, loss=float('nan')))
     assert main('run', '--keys', 'loss') == (0, '')
     assert not panels(figure)['loss'].texts
 
 
-def test_missing_key(tmp_path, main):
+def test_a_missing_key_is_named(tmp_path, main):
     write(tmp_path / 'run', training(10))
     assert main('run', '--keys', 'loss', 'mAP') == (1, 'error: run has no mAP; it has lr, loss\n')
 
 
-def test_missing_run(tmp_path, main):
+def test_a_missing_run_is_named(tmp_path, main):
     assert main('gone') == (1, f'error: gone: {NEEDED}; there is no such file or folder\n')
     assert main('.') == (1, f'error: .: {NEEDED}; it has none\n')
     write(tmp_path, [validation(1, mAP=1.0)])

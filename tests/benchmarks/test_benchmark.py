@@ -17,7 +17,6 @@ from plain_emov2 import PlainEMOv2, copy_weights
 from torch import nn
 
 from emo2_mm import EMOv2
-from emo2_mm.analysis import timing
 
 SMALL = (4, 96, 80, 3)  # batch, height, width, window
 
@@ -38,7 +37,7 @@ def assert_close(ours: Any, theirs: Any, rtol: float = 1e-10) -> None:
 
 class TestPlainNetwork:
     @pytest.mark.parametrize('case', CASES, ids=name_of)
-    def test_it_is_the_published_one(self, case: dict[str, Any]) -> None:
+    def test_it_gives_the_recorded_outputs(self, case: dict[str, Any]) -> None:
         model, weights = golden_model(case)
         plain = PlainEMOv2(case['arch'], window_size=case['window_size'], final_norm=True).eval()
         copy_weights(model, plain)
@@ -128,10 +127,10 @@ class TestCases:
         assert len(set(names)) == len(names)
         assert names[3] == 'eager-1x800x1216'
 
-    def test_a_cpu_is_asked_for_fewer(self) -> None:
+    def test_a_cpu_measures_fewer_cases(self) -> None:
         assert not {'fp16', 'compile'} & {part for c in benchmark.select(None, 'cpu') for part in c}
 
-    def test_they_are_found_by_parts_and_by_name(self) -> None:
+    def test_they_are_selected_by_parts_and_by_name(self) -> None:
         names = [c.name for c in benchmark.select(['memory', 'eager-1x512', 'train-8x224-fp16'], 'cpu')]
         assert names == [
             *('memory-8x224', 'memory-2x512', 'memory-8x224-bf16', 'memory-2x512-bf16'),
@@ -151,20 +150,6 @@ class TestCases:
 
 
 class TestMeasuring:
-    def test_turns_alternate_and_belong_to_their_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls: list[str] = []
-        clock = iter(range(1000))
-        monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock))
-        runs = [lambda: calls.append('a'), lambda: [calls.append('b'), next(clock)]]
-        rounds = list(timing.interleaved(runs, 'cpu', 3))
-        assert ''.join(calls[4:]) == 'aabbbbaaaabb'  # each once untimed, once timed
-        assert rounds == [[1, 2]] * 3
-
-    def test_rounds_follow_from_the_time_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for spent, rounds in ((0.01, 60), (0.2, 20), (100.0, 6)):
-            monkeypatch.setattr(timing, 'seconds', lambda run, device, spent=spent: spent / 2)
-            assert len(list(timing.interleaved([int, int], 'cpu'))) == rounds
-
     def test_peak_is_what_is_held_at_once(self) -> None:
         def run() -> None:
             a = torch.ones(1000, 1000)
@@ -202,7 +187,7 @@ class TestTool:
         monkeypatch.setattr(benchmark, 'SIDES', [32, 64])
         monkeypatch.setitem(EMOv2.arch_settings, '1m', TINY)
 
-    def test_report(self, tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
+    def test_cases_are_measured_and_reported(self, tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
         names = ['eager-1x32', 'deployed-2x32x48', 'train-4x96x80-bf16', 'memory-4x96x80']
         args = ['--arch', '1m', '--device', 'cpu', '--rounds', '3', '--only', *names, '--out', str(tmp_path)]
         assert benchmark.main(args) == 0
@@ -228,7 +213,7 @@ class TestTool:
         assert capsys.readouterr().out.count('eager-1x32') == 2  # as it is measured, and in the table
 
     @pytest.mark.slow
-    def test_scale_and_profile(self, tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
+    def test_scale_and_profile_are_reported(self, tmp_path: Any, capsys: pytest.CaptureFixture) -> None:
         args = ['--arch', '1m', '--device', 'cpu', '--only', '--rounds', '1', '--scale', '--profile']
         assert benchmark.main([*args, '--out', str(tmp_path)]) == 0
         found = json.loads((tmp_path / 'benchmark.json').read_text())
@@ -282,7 +267,7 @@ class TestTool:
         with pytest.raises(SystemExit, match='Run `pip install timm`'):
             benchmark.main(['--peers'])
 
-    def test_peers(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_peers_are_measured_and_drawn(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip('timm')
         pytest.importorskip('onnxruntime')
         monkeypatch.setattr(benchmark, 'PEERS', [benchmark.PEERS[0]._replace(side=64)])
@@ -302,7 +287,7 @@ class TestTool:
         assert 0 < found[1]['flops'] < found[0]['flops']  # folded
         assert (tmp_path / 'benchmark_peers.png').is_file()
 
-    def test_onnx_runtime(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_onnx_runtime_is_measured(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip('onnxruntime')
         args = ['--arch', '1m', '--device', 'cpu', '--only', 'onnx', '--rounds', '1']
         assert benchmark.main([*args, '--out', str(tmp_path)]) == 0
@@ -313,7 +298,7 @@ class TestTool:
         with pytest.raises(SystemExit, match='run `pip install onnx onnxruntime`'):
             benchmark.main(args)
 
-    def test_onnx_runtime_has_no_gpu_here(
+    def test_onnx_runtime_is_refused_on_a_gpu(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)

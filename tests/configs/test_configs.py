@@ -202,7 +202,7 @@ def test_recipes_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', [c for c in CONFIGS if '/cls/' in c])
-def test_sizes_of_images_to_classify(name: str) -> None:
+def test_classifiers_train_and_test_at_the_published_sizes(name: str) -> None:
     cfg = load(name)
     (choice,) = (t for t in cfg.train_dataloader.dataset.pipeline if t.type == 'RandomChoice')
     assert {(crop.type, crop.scale) for (crop,) in choice.transforms} == {

@@ -13,7 +13,7 @@ from emo2_mm.datasets import loader_speed
 
 
 @pytest.mark.parametrize('text', [CLASSIFIER, DETECTOR, SEGMENTOR], ids=['cls', 'det', 'seg'])
-def test_images_of_several_epochs(tmp_path: Any, monkeypatch: Any, text: str) -> None:
+def test_images_of_several_epochs_are_counted_without_the_first_batch(tmp_path: Any, monkeypatch: Any, text: str) -> None:
     """A second a batch: the first is not counted, then five batches of two, over epochs of two."""
     cfg = Config.fromfile(write_config(tmp_path, text))
     pytest.importorskip(cfg.default_scope)
@@ -25,7 +25,7 @@ def test_images_of_several_epochs(tmp_path: Any, monkeypatch: Any, text: str) ->
 
 
 @pytest.mark.slow
-def test_rate_is_told(tmp_path: Any) -> None:
+def test_the_tool_prints_the_rate(tmp_path: Any) -> None:
     pytest.importorskip('mmdet')
     write_data(tmp_path)
     done = run(tmp_path, 'benchmark_dataloader.py', write_config(tmp_path, DETECTOR), '--seconds', 0.1)

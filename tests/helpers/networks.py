@@ -1,8 +1,8 @@
-"""Backbones in which every weight counts, and those of the recordings."""
+"""Small networks in which every weight counts, and ways to compare two of them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,12 @@ CASES = golden_cases()
 def tiny(seed: int = 0, **kwargs: Any) -> EMOv2:
     """A small backbone in which every weight and statistic counts: see :func:`visible`."""
     torch.manual_seed(seed)
-    return visible(EMOv2(TINY, window_size=3, **kwargs))
+    return visible(EMOv2(**{**dict(arch=TINY, window_size=3), **kwargs}))
 
 
 @torch.no_grad()
 def visible(model: EMOv2) -> EMOv2:
-    """Draw what begins as a constant: layer scale, weights, biases and statistics of norms."""
+    """Randomise what starts as a constant: layer scale, weights, biases and statistics of norms."""
     for name, p in model.named_parameters():
         if name.endswith('layer_scale'):
             nn.init.uniform_(p, 0.3, 0.7)
@@ -43,7 +43,15 @@ def visible(model: EMOv2) -> EMOv2:
     return model
 
 
+def deployed(**kwargs: Any) -> EMOv2:
+    """:func:`tiny`, deployed."""
+    model = tiny(**kwargs).eval()
+    model.switch_to_deploy()
+    return model
+
+
 def golden_model(case: dict[str, Any]) -> tuple[EMOv2, dict[str, Tensor]]:
+    """The backbone of a recorded case, and all of its weights."""
     weights = find_state_dict(generated_state_dict(case['arch'], case['seed']))
     model = EMOv2(case['arch'], window_size=case['window_size'], final_norm=True)
     own = model.state_dict()
@@ -60,4 +68,65 @@ def name_of(case: dict[str, Any]) -> str:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    """The norm of the difference of two tensors, relative to that of the second."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: float = 1e-9) -> None:
+    """The same names, and values within ``limit`` of the largest one."""
+    assert ours.keys() == theirs.keys()
+    scale = max((float(t.abs().max()) for t in theirs.values() if t.numel()), default=1.0)
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name],
+            theirs[name],
+            rtol=limit,
+            atol=limit * 1e-2 * max(scale, 1.0),
+            msg=lambda m, n=name: f'{n}: {m}',
+        )
+
+
+MODES = ('inference', 'gradients', 'training')
+
+
+def results(model: EMOv2, x: Tensor, mode: str, steps: int = 1) -> dict[str, Tensor]:
+    """Maps, and the gradients of all parameters and of the image, and statistics, after so many steps.
+
+    Args:
+        model: In whatever mode a change left its parts; it is not switched here.
+        x: Images.
+        mode: 'inference' (no gradients), 'gradients' or 'training'.
+        steps: Forward and backward passes.
+    """
+    for step in range(steps):
+        torch.manual_seed(step)  # of drop path
+        model.zero_grad()
+        x = x.detach().clone().requires_grad_(mode != 'inference')
+        with torch.set_grad_enabled(mode != 'inference'):
+            maps = model(x)
+        if mode != 'inference':
+            generator = torch.Generator().manual_seed(step)
+            loss = sum((m * torch.randn(m.shape, dtype=m.dtype, generator=generator)).sum() for m in maps)
+            loss.backward()
+    found = {f'map {i}': m.detach() for i, m in enumerate(maps)}
+    found.update({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    found.update({n: b.double() for n, b in model.named_buffers() if b is not None})
+    return found if x.grad is None else {**found, 'x': x.grad}
+
+
+class Calls:
+    """What :mod:`emo2_mm.cpu` was called for, while it is patched in."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        from emo2_mm import cpu
+
+        self.modules: list[nn.Module] = []
+        for name in ('stem', 'block'):
+            monkeypatch.setattr(cpu, name, self.counting(getattr(cpu, name)))
+
+    def counting(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(module: nn.Module, x: Tensor) -> Tensor:
+            self.modules.append(module)
+            return function(module, x)
+
+        return call

@@ -1,4 +1,4 @@
-"""A small teacher with weights in a file, to stand in for one that would have to be downloaded."""
+"""A small teacher with weights in a file, in place of one that would be downloaded, and its student."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import Tensor
 
+from emo2_mm.distill import DistilledImageClassifier
+
+from .tiny import SIDE
+
+CLASSES = 6
 ARCH = dict(depths=(1, 1, 2, 2), channels=(8, 12, 16, 24), expand_ratios=(2, 2, 2, 2), head_dim=8)
 
 
@@ -44,3 +51,23 @@ def write_teacher(folder: Path, num_classes: int) -> dict[str, Any]:
     network.init_weights()
     torch.save(network.state_dict(), folder / 'teacher.pth')
     return dict(classifier(num_classes), pretrained=str(folder / 'teacher.pth'))
+
+
+def build(teacher: dict[str, Any], size: int = SIDE, **kwargs: Any) -> DistilledImageClassifier:
+    """A tiny student with visible branches, and its teacher."""
+    torch.manual_seed(0)
+    student = dict(classifier(CLASSES), type='emo2_mm.distill.DistilledImageClassifier')
+    model = MODELS.build(dict(student, teacher=teacher, teacher_size=size, **kwargs))
+    model.init_weights()
+    return model
+
+
+def batch(images: int = 4, side: int = SIDE) -> dict[str, Any]:
+    """What a data loader gives: images of 0..255 and their labels."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randint(256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
+    return dict(inputs=inputs, data_samples=[DataSample().set_gt_label(i % CLASSES) for i in range(images)])
+
+
+def losses_of(model: DistilledImageClassifier, data: dict[str, Any]) -> dict[str, Tensor]:
+    return model(**model.data_preprocessor(data, training=True), mode='loss')

@@ -209,6 +209,8 @@ def model_of(cfg: Config) -> torch.nn.Module:
 def call_tool(name: str, *arguments: object) -> Any:
     """Run the main function of tools/NAME in this process, and return what it returns."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('LOCAL_RANK', '')  # restored afterwards: tools set it
+        patch.delenv('LOCAL_RANK')
         patch.setattr(sys, 'path', [str(ROOT / 'tools'), *sys.path])
         patch.setattr(sys, 'argv', [name, *map(str, arguments)])
         return runpy.run_path(str(ROOT / 'tools' / name))['main']()

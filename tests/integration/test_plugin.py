@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from mmengine.utils import get_installed_path, is_installed
 
+pytestmark = pytest.mark.slow
 # What such a project inherits and changes, beside the backbone's type and import.
 PROJECTS = {
     'mmpretrain': """
@@ -121,10 +122,9 @@ print('trained')
 """
 
 
-@pytest.mark.slow  # 7 s each: a process that knows nothing of this package imports a code base
 @pytest.mark.parametrize('spelling', ['EMOv2', 'emo2_mm.EMOv2'])
 @pytest.mark.parametrize('scope', PROJECTS)
-def test_in_a_stock_config(scope: str, spelling: str, tmp_path: Path) -> None:
+def test_a_config_of_a_library_trains_with_the_backbone(scope: str, spelling: str, tmp_path: Path) -> None:
     if find_spec(scope) is None:
         pytest.skip(f'{scope} is not installed')
     project = PROJECTS[scope].replace('TYPE', spelling)

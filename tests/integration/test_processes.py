@@ -18,6 +18,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import distributed
 from torch.multiprocessing import spawn
 
+pytestmark = pytest.mark.slow
 IMAGES = 4
 SEGFORMER = SEGMENTOR.replace('FCNHead', 'SegformerHead').replace('num_convs=1, ', '')
 SEGFORMER = SEGFORMER.replace(
@@ -114,7 +115,6 @@ def work(rank: int, scope: str, cfg: Config, folder: str, port: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('scope', CASES)
 def test_two_halves_give_the_gradients_of_the_whole(scope: str, tmp_path: Path) -> None:
     pytest.importorskip(scope)
@@ -144,7 +144,6 @@ class Die(Hook):
 """
 
 
-@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     pytest.importorskip('mmdet')
     write_data(tmp_path)

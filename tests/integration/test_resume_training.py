@@ -13,19 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import BOMBS
 from helpers.tiny import CLASSIFIER, ROOT, run, write_config, write_data
-from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
 
-from emo2_mm.engine.resume import find_resumable, install_safe_loader, load_checkpoint_safely
-from emo2_mm.errors import UserError
+pytestmark = pytest.mark.slow
+
 
 pytest.importorskip('mmpretrain')
-
 EPOCHS = 6
 # no random numbers but those that shuffle the data: they follow from the seed and the epoch
 SHUFFLED = CLASSIFIER.replace('shuffle=False', 'shuffle=True')
@@ -58,9 +54,7 @@ def metric(text: str) -> str:
     return re.findall(r'accuracy/top1: ([\d.]+)', text)[-1]
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_is_the_same(tmp_path: Path, config: str) -> None:
-    """To the bit, wherever it is killed."""
+def test_a_killed_and_resumed_run_is_bitwise_the_same(tmp_path: Path, config: str) -> None:
     log = ended(run(tmp_path, 'train.py', config, '--work-dir', 'whole', *MORE))
 
     command = [sys.executable, str(ROOT / 'tools/train.py'), config, '--work-dir', 'parts', *MORE]
@@ -103,7 +97,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def test_a_checkpoint_cut_off_is_passed_over(tmp_path: Path, config: str, trained: Path) -> None:
+def test_a_truncated_checkpoint_is_skipped(tmp_path: Path, config: str, trained: Path) -> None:
     cut(trained / 'epoch_2.pth')
     log = ended(run(tmp_path, 'train.py', config, '--resume', *MORE))
     start = 'Not resumed from a damaged checkpoint: '
@@ -112,47 +106,8 @@ def test_a_checkpoint_cut_off_is_passed_over(tmp_path: Path, config: str, traine
     assert states(trained)
 
 
-def test_a_checkpoint_of_an_earlier_run_is_not_taken(trained: Path) -> None:
-    (trained / 'last_checkpoint').write_text(str(trained / 'epoch_1.pth'))
-    cfg = Config(dict(work_dir=str(trained), resume=True))
-    find_resumable(cfg)
-    assert cfg.load_from == str(trained / 'epoch_1.pth')
-
-
-@pytest.mark.parametrize('pointer', ['', 'gone.pth', None])
-def test_without_word_of_the_last_checkpoint(trained: Path, pointer: str | None) -> None:
-    (trained / 'last_checkpoint').unlink()
-    if pointer is not None:
-        (trained / 'last_checkpoint').write_text(pointer)
-    cfg = Config(dict(work_dir=str(trained), resume=True))
-    find_resumable(cfg)
-    assert cfg.load_from == str(trained / 'epoch_2.pth')
-
-
-def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
-    torch.save(dict(state_dict={}), tmp_path / 'weights.pth')
-    cfg = Config(dict(work_dir=str(tmp_path), resume=True, load_from=str(tmp_path / 'weights.pth')))
-    with pytest.raises(UserError, match='contains weights but no optimizer state; to start from'):
-        find_resumable(cfg)
-
-
-def test_nothing_to_resume_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    cfg = Config(dict(work_dir=str(tmp_path / 'new'), resume=True))
-    find_resumable(cfg)
-    assert not cfg.resume and cfg.get('load_from') is None
-    assert 'training starts from the beginning' in capsys.readouterr().out
-
-
-def test_nothing_but_damaged_checkpoints(tmp_path: Path, config: str, trained: Path) -> None:
-    for file in trained.glob('*.pth'):
-        cut(file)
-    log = ended(run(tmp_path, 'train.py', config, '--resume', *MORE), 1)
-    assert 'error: --resume: none of the 2 checkpoints in' in log
-    assert 'Epoch(train)' not in log
-
-
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
-def test_full_disk(tmp_path: Path, config: str, trained: Path) -> None:
+def test_a_full_disk_is_one_message_and_the_run_resumes(tmp_path: Path, config: str, trained: Path) -> None:
     (trained / 'epoch_3.pth').symlink_to('/dev/full')
     log = ended(run(tmp_path, 'train.py', config, '--resume', *MORE), 1)
     assert 'error: cannot write to ' in log and 'No space left on device' in log
@@ -162,38 +117,23 @@ def test_full_disk(tmp_path: Path, config: str, trained: Path) -> None:
     assert states(trained)
 
 
-def test_unwritable_folder(tmp_path: Path, config: str) -> None:
+def test_an_unwritable_folder_is_one_message(tmp_path: Path, config: str) -> None:
     (tmp_path / 'file').touch()
     log = ended(run(tmp_path, 'train.py', config, '--work-dir', 'file/run'), 1)
     assert 'error: cannot write to ' in log and str(tmp_path / 'file') in log
     assert 'Traceback' not in log
 
 
-class Bomb:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.system, (f'touch {self.marker}',)
-
-
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, config: str) -> None:
     file, marker = tmp_path / 'bomb.pth', tmp_path / 'marker'
-    torch.save(dict(state_dict={}, meta=dict(epoch=1, iter=1), message_hub=Bomb(marker)), file)
+    torch.save(
+        dict(state_dict={}, meta=dict(epoch=1, iter=1), message_hub=BOMBS['posix.system'](marker)), file
+    )
     log = ended(run(tmp_path, 'test.py', config, file), 1)
     assert f'error: {file}: ' in log and 'posix.system' in log and 'refused (nothing was executed)' in log
     assert not marker.exists()
     torch.load(file, weights_only=False)  # the bomb is live
     assert marker.exists()
-
-
-@pytest.mark.parametrize(
-    'address', ['{}', 'file.pth', 'http://host/{}', 'https://host/{}', 's3://a/b.pth', 'c:petrel://a/b.pth']
-)
-def test_every_checkpoint_is_read_as_data(address: str) -> None:
-    """``load_from``, ``resume`` and ``Pretrained`` all ask MMEngine's loader."""
-    install_safe_loader()
-    assert CheckpointLoader._get_checkpoint_loader(address) is load_checkpoint_safely
 
 
 def test_the_config_in_a_checkpoint_does_not_run(tmp_path: Path, config: str, trained: Path) -> None:
@@ -204,12 +144,3 @@ def test_the_config_in_a_checkpoint_does_not_run(tmp_path: Path, config: str, tr
     torch.save(content, trained / 'epoch_2.pth')
     assert 'resumed epoch: 2, ' in ended(run(tmp_path, 'train.py', config, '--resume', *MORE))
     assert not marker.exists()
-
-
-def test_what_is_left_of_a_checkpoint_to_resume(tmp_path: Path) -> None:
-    log, info = dict(loss=HistoryBuffer([1.0], [1])), dict(best_score=np.float64(0.25))
-    hub = dict(log_scalars=log, runtime_info=info)
-    torch.save(dict(meta=dict(epoch=3, config='code'), message_hub=hub), tmp_path / 'a.pth')
-    assert load_checkpoint_safely(str(tmp_path / 'a.pth')) == dict(
-        meta=dict(epoch=3), message_hub=dict(log_scalars={}, runtime_info=dict(best_score=0.25))
-    )

@@ -45,6 +45,6 @@ import emo2_mm.ssd
 """
 
 
-def test_says_what_it_needs() -> None:
+def test_a_missing_mmdet_is_named() -> None:
     done = subprocess.run([sys.executable, '-c', WITHOUT_MMDET], cwd=ROOT, capture_output=True, text=True)
     assert 'emo2_mm.ssd needs mmdet, which is not installed; install emo2_mm[det]' in done.stderr

@@ -25,7 +25,7 @@ def convert(src, dst):
 
 
 @pytest.mark.parametrize('arch', EMOv2.arch_settings)
-def test_every_key_is_the_classifier_s(arch, tmp_path):
+def test_every_key_is_that_of_the_classifier(arch, tmp_path):
     weights = generated_state_dict(arch, 3)
     torch.save({'net': weights}, tmp_path / 'src.pth')
     said = convert(tmp_path / 'src.pth', tmp_path / 'new' / 'dst.pth')
@@ -45,7 +45,7 @@ def test_every_key_is_the_classifier_s(arch, tmp_path):
     assert os.listdir(tmp_path / 'new') == ['dst.pth']
 
 
-def test_safetensors_hold_the_same(tmp_path):
+def test_safetensors_contain_the_same_weights_and_metadata(tmp_path):
     safetensors = pytest.importorskip('safetensors')
     torch.save({'net': generated_state_dict('1m', 3)}, tmp_path / 'EMOv2_1M_224.pth')
     for name in ('a.pth', 'b.safetensors'):
@@ -71,14 +71,14 @@ RECIPES = {
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_recipe_is_told_by_the_name(name):
+def test_the_recipe_follows_from_the_name_of_a_published_file(name):
     recipe = RECIPES[name]
     assert conversion.find_recipe(name, '5m', {}) == recipe
     assert recipe is None or (ROOT / f'configs/cls/{recipe}.py').is_file()
 
 
 @pytest.mark.parametrize('kind', ['pth', 'safetensors'])
-def test_recipe_is_kept(kind, tmp_path):
+def test_a_converted_file_keeps_its_recipe(kind, tmp_path):
     if kind == 'safetensors':
         pytest.importorskip('safetensors')
     torch.save(generated_state_dict('1m', 3), tmp_path / 'EMOv2_1M_224_KD.pth')
@@ -108,7 +108,7 @@ def test_a_converted_file_converts_to_itself(tmp_path):
     assert (tmp_path / 'one.pth').read_bytes() == (tmp_path / 'two.pth').read_bytes()
 
 
-def test_command_line(tmp_path):
+def test_the_tool_runs_as_a_program(tmp_path):
     torch.save(generated_state_dict('1m', 3), tmp_path / 'src.pth')
     command = [sys.executable, TOOL, tmp_path / 'src.pth', tmp_path / 'dst.pth']
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     ],
     ids=['dense', 'without norm', 'another network'],
 )
-def test_files_that_cannot_be_converted(change, expected, tmp_path):
+def test_files_that_cannot_be_converted_are_named(change, expected, tmp_path):
     torch.save(change(generated_state_dict('1m', 3)), tmp_path / 'src.pth')
     with pytest.raises(ValueError) as error:
         convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')

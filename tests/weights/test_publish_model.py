@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.checkpoints import BOMBS, assert_equal, logging_objects, other, prefixed
 from helpers.golden import generated_state_dict
-from helpers.tiny import CONFIGS, DETECTOR, call_tool, model_of, run, write_config, write_data
+from helpers.tiny import CONFIGS, call_tool, model_of, write_config
 from mmengine.config import Config
 from torch.hub import HASH_REGEX
 
@@ -77,7 +77,7 @@ PUBLISHED = dict(
 )
 
 
-def test_what_is_kept(trained, weights, kind, tmp_path):
+def test_weights_and_metadata_are_kept_and_nothing_else(trained, weights, kind, tmp_path):
     path, said = publish(trained, tmp_path / f'new/mask-rcnn.v2.{kind}')
     content = read_checkpoint(path)
     assert content.keys() == {'meta', 'state_dict'}
@@ -96,7 +96,7 @@ def test_what_is_kept(trained, weights, kind, tmp_path):
     )
 
 
-def test_home_folder(trained, tmp_path, monkeypatch):
+def test_paths_may_start_at_the_home_folder(trained, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.chdir(tmp_path)
     path, _ = publish('~/epoch_12.pth', '~/new/a.pth')
@@ -104,13 +104,13 @@ def test_home_folder(trained, tmp_path, monkeypatch):
     assert not (tmp_path / '~').exists()
 
 
-def test_torch_reads_it_as_weights_only(trained, weights, tmp_path):
+def test_torch_reads_the_file_as_weights_only(trained, weights, tmp_path):
     content = torch.load(publish(trained, tmp_path / 'a.pth')[0], weights_only=True)
     assert content['meta'] == PUBLISHED
     assert_equal(content['state_dict'], weights)
 
 
-def test_metadata_of_safetensors(trained, tmp_path):
+def test_metadata_is_text_in_safetensors(trained, tmp_path):
     safetensors = pytest.importorskip('safetensors')
     with safetensors.safe_open(publish(trained, tmp_path / 'a.safetensors')[0], 'pt') as file:
         texts = file.metadata()
@@ -120,7 +120,7 @@ def test_metadata_of_safetensors(trained, tmp_path):
     assert texts == expected
 
 
-def test_the_same_bytes_each_time(trained, kind, tmp_path):
+def test_the_same_content_gives_the_same_bytes(trained, kind, tmp_path):
     """Also of a file that is published already."""
     first = publish(trained, tmp_path / f'a.{kind}')[0].read_bytes()
     for number in range(3):
@@ -129,7 +129,7 @@ def test_the_same_bytes_each_time(trained, kind, tmp_path):
     assert again.read_bytes() == first
 
 
-def test_backbone_starts_from_it(trained, weights, kind, tmp_path):
+def test_a_backbone_is_initialized_from_a_published_file(trained, weights, kind, tmp_path):
     path = publish(trained, tmp_path / f'a.{kind}')[0]
     model = EMOv2('1m', init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     model.init_weights()
@@ -137,7 +137,7 @@ def test_backbone_starts_from_it(trained, weights, kind, tmp_path):
     assert_equal(prefixed('backbone.', model.state_dict()), expected)
 
 
-def test_tensors_that_share_memory(kind, tmp_path):
+def test_views_are_saved_without_their_base(kind, tmp_path):
     many = torch.arange(100_000.0).reshape(1000, 100)
     weights = {
         'a': many[1],
@@ -165,7 +165,7 @@ ABOUT = {
 
 
 @pytest.mark.parametrize('case', ABOUT)
-def test_what_is_not_known_is_left_out(case, kind, tmp_path):
+def test_unknown_metadata_is_left_out(case, kind, tmp_path):
     meta, expected = ABOUT[case]
     torch.save(dict(meta=meta, state_dict={'w': torch.ones(2)}, hub=logging_objects()), tmp_path / 'in.pth')
     path, said = publish(tmp_path / 'in.pth', tmp_path / f'a.{kind}')
@@ -192,7 +192,7 @@ BAD = {
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_refused(case, tmp_path):
+def test_files_that_cannot_be_published_are_named(case, tmp_path):
     make, expected = BAD[case]
     torch.save(make(), tmp_path / 'in.pth')
     with pytest.raises(ValueError, match=f'^{re.escape(str(tmp_path))}/in.pth: ') as error:
@@ -227,7 +227,7 @@ def test_errors_on_the_command_line(trained, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('scope', CONFIGS)
-def test_classes_reach_those_who_infer(scope, kind, tmp_path):
+def test_class_names_reach_inference(scope, kind, tmp_path):
     """tools/infer.py, and of torch.save also the inferencers of the code bases."""
     pytest.importorskip(scope)
     cfg = Config.fromfile(write_config(tmp_path, CONFIGS[scope]))
@@ -243,54 +243,3 @@ def test_classes_reach_those_who_infer(scope, kind, tmp_path):
 
         inferencer = DetInferencer(cfg, path, device='cpu')
         assert inferencer.visualizer.dataset_meta['classes'] == ['night', 'day']
-
-
-@pytest.mark.slow
-def test_a_trained_detector(tmp_path, monkeypatch):
-    """With averaged weights: metric and boxes are those of the run, in both formats."""
-    for name in ('mmdet', 'safetensors'):
-        pytest.importorskip(name)
-    write_data(tmp_path)
-    average = "custom_hooks = [dict(type='EMAHook', momentum=0.5)]\n"
-    done = run(tmp_path, 'train.py', write_config(tmp_path, DETECTOR + average))
-    assert done.returncode == 0, done.stderr
-    (log,) = tmp_path.glob('work_dirs/tiny/*/vis_data/scalars.json')
-    metrics = [read_metrics(line) for line in log.read_text().splitlines()]
-
-    trained = 'work_dirs/tiny/epoch_1.pth'
-    done = run(tmp_path, 'publish_model.py', trained, 'retinanet.safetensors')
-    assert (done.returncode, done.stderr) == (0, '')
-    file = done.stdout.split(': ')[0]
-    assert re.fullmatch(r'retinanet-[0-9a-f]{8}\.safetensors', file)
-    assert 'arch custom, recipe tiny, ' in done.stdout
-    monkeypatch.chdir(tmp_path)
-    other = str(publish(trained, 'retinanet.pth')[0])
-    meta = read_checkpoint(other)['meta']
-    assert (meta['epoch'], meta['iter']) == (1, 2)
-    assert 'EMAHook' in meta['cfg']
-
-    # without the hook that averages
-    config = write_config(tmp_path, DETECTOR, 'plain.py')
-    for i, path in enumerate((file, other)):
-        done = run(tmp_path, 'test.py', config, path, '--work-dir', f'test_{i}')
-        assert done.returncode == 0, done.stderr
-        (log,) = tmp_path.glob(f'test_{i}/*/*.json')
-        metrics.append(read_metrics(log.read_text()))
-    metrics = [found for found in metrics if found]
-    assert len(metrics) == 3 and metrics[0] == metrics[1] == metrics[2]
-
-    # without the names of the classes
-    unnamed = DETECTOR.replace("metainfo=dict(classes=('dark', 'light')), ", '')
-    assert unnamed != DETECTOR
-    config = write_config(tmp_path, unnamed, 'unnamed.py')
-    found = []
-    for path in (trained, file, other):
-        options = ['--score-thr', '0', '--device', 'cpu']
-        assert call_tool('infer.py', config, path, 'coco/images/0.png', *options) == 0
-        found.append(json.loads(Path('predictions/preds/0.png.json').read_text())['objects'])
-    assert len(found[0]) > 3 and {x['class'] for x in found[0]} <= {'dark', 'light'}
-    assert found[0] == found[1] == found[2]
-
-
-def read_metrics(line):
-    return {name: value for name, value in json.loads(line).items() if name.startswith('coco/')}
