@@ -13,7 +13,7 @@ from typing import Sequence
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WHEEL = f'mmcv-2.1.0-cp39-cp39-linux_{platform.machine()}.whl'
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >>"$NOTES"
