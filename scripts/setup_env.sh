@@ -97,7 +97,7 @@ trap clean_up EXIT
 trap interrupted INT TERM HUP
 
 step() { # TITLE: what follows, and where its output goes
-    log=$venv/.steps/${1%% *}.log
+    log=$venv/.steps/${1%%[ :,]*}.log
     rm -f "$log"
     echo "[$(clock "$SECONDS")] $1"
 }
