@@ -1,4 +1,4 @@
-"""Make the demo's data: real handwritten digits over real photographs, for all tasks of the code bases.
+"""Make the demo's data: handwritten digits over photographs, for classification, detection and segmentation.
 
 The 1,797 digits of 8 x 8 pixels are scikit-learn's, the photographs scikit-image's and scikit-learn's.
 Training and validation share neither a digit nor a photograph.
@@ -6,8 +6,8 @@ Training and validation share neither a digit nor a photograph.
     OUT/folders/{train,val}/DIGIT/*.jpg     images of one digit, for classification
     OUT/coco/{train,val}/*.jpg              scenes of several digits
     OUT/coco/annotations/{train,val}.json   their boxes and masks, for detection
-    OUT/coco/maps/{train,val}/*.png         their semantic maps: 0 is background, 1 + d the digit d, of which
-                                            the convex hull is filled: strokes are thinner than a stride of 32
+    OUT/coco/maps/{train,val}/*.png         their label maps: 0 is background, 1 + d the convex hull
+                                            of digit d: its strokes are thinner than a stride of 32
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def draw_background(photos: list[np.ndarray], side: int, rng: np.random.RandomSt
 
 
 def draw_glyph(digit: np.ndarray, side: int, rng: np.random.RandomState) -> np.ndarray:
-    """A digit as opacity (side, side) in 0..1, slightly turned, cropped to what is seen of it."""
+    """A digit as opacity (side, side) in 0..1, slightly turned, cropped to its visible part."""
     big = cv2.resize(np.pad(digit, 2), (2 * side, 2 * side), interpolation=cv2.INTER_CUBIC)
     turn = cv2.getRotationMatrix2D((side - 0.5, side - 0.5), rng.uniform(-12, 12), 1.0)
     big = cv2.warpAffine(big, turn, big.shape)
@@ -170,7 +170,7 @@ def make_classification(out: Path, name: str, split: dict[str, Any], copies: int
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', type=Path, help='folder whose `coco/` and `folders/` are written anew')
+    parser.add_argument('out', type=Path, help='folder whose `coco/` and `folders/` are replaced')
     parser.add_argument('--scenes', type=int, default=2400, help='training scenes')
     parser.add_argument('--val-scenes', type=int, default=200, help='validation scenes')
     parser.add_argument('--copies', type=int, default=4, help='images of a training digit')
@@ -181,7 +181,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     splits = load_splits(args.seed)
-    part = args.out.with_name(args.out.name + '.part')  # each is there whole or not at all
+    part = args.out.with_name(args.out.name + '.part')  # coco/ and folders/ are replaced when complete
     shutil.rmtree(part, ignore_errors=True)
     for name, scenes, copies, seed in (
         ('train', args.scenes, args.copies, args.seed + 1),

@@ -3,24 +3,26 @@
 This is all that :func:`shrink` changes:
 
 - data: the digits of make_digits.py and their number of classes; images of ``side`` pixels and no
-  augmentation but the crop of the classifier; small batches, one worker;
-- start: what was trained here before instead of ImageNet weights, hence nothing is frozen; distillation has
-  the demo's classifier as its teacher and starts from nothing, with branches that are seen at once;
-- model: windows that fit the small images; what works on an FPN is half as wide; Mask R-CNN samples 64
+  augmentation except the classifier's crop; small batches, one worker;
+- initialization: a checkpoint of the demo instead of ImageNet weights, hence no frozen stages; distillation
+  has the demo's classifier as its teacher and starts from scratch, with a layer scale of 0.1;
+- model: windows that fit the small images; an FPN and its heads are half as wide; Mask R-CNN samples 64
   regions of an image and tests 100, not 512 and 1000;
-- schedule: ``steps`` steps at the rate ``lr``; a tenth of them is warm-up, the decay begins at its share of
-  the training; a faster moving average; an evaluation midway and one at the end; a seed.
+- schedule: ``steps`` steps at the learning rate ``lr``; a tenth of them is warm-up, the decay begins at its
+  share of the training; a faster moving average; an evaluation midway and one at the end; a seed.
 
-Anything else is the config's: kinds and settings of neck, heads, losses, anchors, assigners, optimiser,
-clipping, decay, wrappers of data sets, loops, metrics, hooks.
+Everything else is the config's: types and settings of neck, heads, losses, anchors, assigners, optimizer,
+gradient clipping, weight decay, dataset wrappers, loops, metrics, hooks.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import NamedTuple
 
 from mmengine.config import Config, ConfigDict
+
+from emo2_mm.config import innermost_dataset, iter_nodes
 
 CLASSIFIER = 'configs/demo/emo2_1m_digits.py'
 DIGITS = tuple('0123456789')
@@ -77,24 +79,15 @@ def shrink(method: Method, data: Path, pretrained: str) -> Config:
     return cfg
 
 
-def _dicts(node: Any) -> Iterator[ConfigDict]:
-    """All dicts in a part of a config."""
-    if isinstance(node, dict):
-        yield node
-    for child in node.values() if isinstance(node, dict) else node:
-        if isinstance(child, (dict, list, tuple)):
-            yield from _dicts(child)
-
-
 def _shrink_model(cfg: Config, method: Method, pretrained: str) -> None:
     model = cfg.model
-    for node in _dicts([model, cfg.get('data_preprocessor', {})]):
+    for _, node in iter_nodes([model, cfg.get('data_preprocessor', {})], 'model'):
         if 'num_classes' in node:  # maps have a background
             node.num_classes = len(DIGITS) + (cfg.default_scope == 'mmseg')
     if cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = (method.side, method.side)
     if model.get('neck', {}).get('type') == 'FPN':
-        for node in _dicts(model):
+        for _, node in iter_nodes(model, 'model'):
             for key, value in node.items():
                 if value == 256 and key.endswith('channels'):
                     node[key] = 128
@@ -127,7 +120,7 @@ def _shrink_loader(cfg: Config, stage: str, method: Method, data: Path) -> None:
     dataset = loader.dataset
     if 'dataset' in dataset:  # RepeatDataset
         dataset.times = 1
-        dataset = dataset.dataset
+        dataset = innermost_dataset(dataset)
     coco = data / 'coco'
     if cfg.default_scope == 'mmdet':
         annotations = f'annotations/{split}.json'
@@ -155,7 +148,7 @@ def _shrink_loader(cfg: Config, stage: str, method: Method, data: Path) -> None:
 
 
 def _shrink_transform(transform: ConfigDict, side: int) -> ConfigDict:
-    for node in _dicts(transform):
+    for _, node in iter_nodes(transform, 'transform'):
         for key in ('scale', 'crop_size'):
             if key in node:
                 node[key] = (side, side) if isinstance(node[key], tuple) else side

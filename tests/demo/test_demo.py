@@ -1,35 +1,25 @@
-"""The demo: honest data, steps that are not redone, a report that reads what really happened."""
+"""The demo: its data, its shrunk configs, steps that are not repeated, and the report."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
+import make_digits
 import numpy as np
 import pytest
+import report_demo
+import run
 import torch
+from helpers.tiny import ROOT
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from PIL import Image
-from helpers.tiny import ROOT
-
-cv2 = pytest.importorskip('cv2')
-pytest.importorskip('sklearn')
-pytest.importorskip('skimage')
-rich_console = pytest.importorskip('rich.console')
-COCO = pytest.importorskip('pycocotools.coco').COCO
-
-plt = pytest.importorskip('matplotlib.pyplot')
-import make_digits
-import report
-import report_all
-import run
+from pycocotools.coco import COCO
 from shrink import METHODS, shrink
 
 BOX, MASK = 'coco/bbox_mAP', 'coco/segm_mAP'
@@ -145,6 +135,8 @@ class TestData:
 
 
 class TestSteps:
+    """Three scripts: the second uses the first's result."""
+
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -158,105 +150,76 @@ class TestSteps:
             f"Path('made_{name}').mkdir(exist_ok=True)\n{code}\n"
         )
 
-    def run(self, again: bool = False) -> None:
+    def run(self, again: bool = False) -> list[int]:
+        """Run the steps, and return how often each was executed so far."""
         steps = [
-            run.Step(name, name, 1, [name], [name], [Path(f'made_{name}')], needs)
-            for name, needs in (('first.py', ()), ('second.py', ('first.py',)), ('other.py', ()))
+            run.Step(name, name, 1, [name], [Path(f'made_{name}')], [name], needs)
+            for name, needs in (('first.py', []), ('second.py', ['first.py']), ('other.py', []))
         ]
-        console = rich_console.Console(quiet=True)
-        run.run_steps(steps, console, again)
+        try:
+            run.run_steps(steps, again)
+        finally:
+            logs = [Path(f'{step.name}.log') for step in steps]
+            times = [len(log.read_text()) if log.exists() else 0 for log in logs]
+        return times
 
-    def times(self, name: str) -> int:
-        path = Path(f'{name}.log')
-        return len(path.read_text()) if path.exists() else 0
-
-    def test_finished_steps_are_not_done_again(self) -> None:
-        self.run()
-        self.run()
-        assert (self.times('first.py'), self.times('second.py')) == (1, 1)
-
-    def test_again_does_its_own_steps_only(self) -> None:
-        self.run()
+    def test_finished_steps_are_skipped(self) -> None:
+        assert self.run() == [1, 1, 1]
+        assert self.run() == [1, 1, 1]
         record = Path('out/steps.json')
         record.write_text(json.dumps(dict(json.loads(record.read_text()), another='demo')))
-        self.run(again=True)
-        assert [self.times(name) for name in ('first.py', 'second.py', 'other.py')] == [2, 2, 2]
+        assert self.run(again=True) == [2, 2, 2]
         assert json.loads(record.read_text())['another'] == 'demo'
 
-    def test_a_changed_step_and_all_that_need_it_are_begun_anew(self) -> None:
+    def test_changed_step_and_those_that_use_it_are_repeated(self) -> None:
         self.run()
         Path('made_second.py/old').touch()
         self.write('first.py', '# changed')
-        self.run()
-        assert [self.times(name) for name in ('first.py', 'second.py', 'other.py')] == [2, 2, 1]
+        assert self.run() == [2, 2, 1]
         assert not Path('made_second.py/old').exists()
 
-    def test_a_lost_result_is_made_again_and_timed_anew(self) -> None:
+    def test_lost_result_is_made_and_timed_again(self) -> None:
         self.run()
         record = Path('out/steps.json')
         steps = json.loads(record.read_text())
         steps['first.py']['seconds'] = 1000.0
         record.write_text(json.dumps(steps))
         Path('made_first.py').rmdir()
-        self.run()
-        assert (self.times('first.py'), self.times('second.py')) == (2, 1)
+        assert self.run() == [2, 1, 1]
         assert json.loads(record.read_text())['first.py']['seconds'] < 100
 
-    def test_only_one_demo_is_at_work(self) -> None:
-        console = rich_console.Console(quiet=True)
-        lock = run.hold_lock(console)
-        code = "import fcntl; fcntl.flock(open('out/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        busy = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-        assert 'BlockingIOError' in busy.stderr
-        lock.close()
-        assert subprocess.run([sys.executable, '-c', code]).returncode == 0
-
-    def test_a_step_holds_the_lock_by_itself(self) -> None:
-        self.write(
-            'first.py',
-            "import os; Path('lock_of_step').write_text(str(os.path.sameopenfile("
-            "int(max(f for f in os.listdir('/proc/self/fd') if Path('/proc/self/fd/' + f)"
-            ".resolve().name == 'lock')), os.open('out/lock', os.O_RDONLY))))",
-        )
-        self.run()
-        assert Path('lock_of_step').read_text() == 'True'
-
-    def test_a_failed_step_says_why_and_goes_on_with_what_it_had(self, tmp_path: Path) -> None:
+    def test_failed_step_is_reported_and_resumed(self) -> None:
         self.write('second.py', "Path('made_second.py/part').touch()\nif Path('broken').exists(): 1 / 0")
         Path('broken').touch()
         with pytest.raises(SystemExit, match=r"(?s)ZeroDivisionError.*step 'second.py' failed with code 1"):
             self.run()
         Path('broken').unlink()
-        self.run()
-        assert (self.times('first.py'), self.times('second.py')) == (1, 2)
+        assert self.run() == [1, 2, 1]
         assert Path('made_second.py/part').exists()
 
-    def test_progress_is_read_from_the_log(self) -> None:
-        line = (
-            '11/22 16:25:02 - mmengine - INFO - Epoch(train) [1][30/90]  base_lr: 3.8893e-03 '
-            'lr: 3.8893e-03  eta: 0:03:37  time: 0.2040  grad_norm: 1.7891  loss: 2.3428'
-        )
-        assert run.progress_of(line) == 'epoch 1, step 30 of 90, loss 2.343, time left 0:03:37'
-        assert run.progress_of('Epoch(val) [2][ 5/25]    eta: 0:00:01') == 'evaluation, step 5 of 25'
-        line = (
-            'Iter(train) [ 30/300]  base_lr: 1e-03 lr: 1e-03  eta: 0:02:01  time: 0.4  loss: 1.2346  decode'
-        )
-        assert run.progress_of(line) == 'step 30 of 300, loss 1.235, time left 0:02:01'
-        assert run.progress_of('something else') == ''
+    def test_one_demo_at_a_time(self) -> None:
+        """A step holds the lock itself: it may outlive a killed demo."""
+        code = "import fcntl; fcntl.flock(open('out/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        lock = run.lock_demo()
+        assert subprocess.run([sys.executable, '-c', code], stderr=subprocess.DEVNULL).returncode != 0
+        lock.close()
+        assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+        files = "[os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')]"
+        self.write('first.py', f"import os\nassert os.path.realpath('out/lock') in {files}")
+        self.run()
 
-
-class TestReport:
-    def test_curves_of_a_resumed_run(self, tmp_path: Path) -> None:
-        """Steps after the last checkpoint are trained twice: the second time counts."""
-        for run_name, lines in (
-            ('1', [dict(loss=3.0, step=10, epoch=1), dict(loss=2.0, step=20, epoch=1), dict(ap=0.1, step=1)]),
-            ('2', [dict(loss=1.5, step=20, epoch=1), dict(loss=1.0, step=40, epoch=2), dict(ap=0.3, step=2)]),
-        ):
-            path = tmp_path / run_name / 'vis_data/scalars.json'
-            path.parent.mkdir(parents=True)
-            path.write_text('\n'.join(map(json.dumps, lines)))
-        curves = report.read_log(tmp_path, 'loss', ['ap'])
-        assert curves == dict(loss=[(10, 3.0), (20, 1.5), (40, 1.0)], ap=[(20, 0.1), (40, 0.3)])
+    def test_progress_and_metrics_are_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
+        train = '11/22 16:25:02 - mmengine - INFO - Epoch(train) [1][30/90]  base_lr: 3.9e-03 lr: 3.9e-03  '
+        train += (
+            'eta: 0:03:37  time: 0.2  data_time: 0.1  memory: 9  grad_norm: 1.8  loss: 2.3428  loss_cls: 1.2'
+        )
+        val = 'x - INFO - Epoch(val) [1][6/6]    coco/bbox_mAP: 0.5  data_time: 0.1  time: 0.2'
+        self.write('first.py', f"print({train!r})\nprint({val!r})\nprint('something else')")
+        self.run()
+        shown = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert 'Epoch(train) [1][30/90] eta: 0:03:37 loss: 2.3428' in shown
+        assert 'Epoch(val) [1][6/6] coco/bbox_mAP: 0.5' in shown
+        assert len(shown) == 5
 
 
 def entries(node: Any, key: str = '') -> dict[str, Any]:
@@ -348,85 +311,58 @@ class TestShrink:
                 head(features)
 
 
-class TestAllReported:
-    """The report of all methods, from what training and testing leave behind."""
+class TestReport:
+    """From what training and testing leave behind; the pictures are in the test below."""
+
+    METHODS = {name: METHODS[name] for name in ('mask-rcnn', 'pspnet')}
 
     @pytest.fixture(autouse=True)
-    def methods(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(report_all, 'METHODS', {n: METHODS[n] for n in ('mask-rcnn', 'pspnet')})
-        (tmp_path / 'configs').mkdir()
-        for name, scope, metric, half, midway, end in (
-            ('mask-rcnn', 'mmdet', ['bbox', 'segm'], 1, {BOX: 0.2, MASK: 0.1}, {BOX: 0.4, MASK: 0.3}),
-            ('pspnet', 'mmseg', None, 150, {'mIoU': 20.0}, {'mIoU': 31.0}),
+    def folder(self, tmp_path: Path) -> None:
+        for name, half, midway, end in (
+            ('mask-rcnn', 1, {BOX: 0.2, MASK: 0.1}, {BOX: 0.4, MASK: 0.3}),
+            ('pspnet', 150, {'mIoU': 20.0}, {'mIoU': 31.0}),
         ):
-            (tmp_path / f'configs/{name}.py').write_text(
-                f"default_scope = '{scope}'\ntest_evaluator = dict(metric={metric})\n"
-                f'train_cfg = dict(val_interval={half})\n'
-            )
-            self.write(tmp_path / name / '1/vis_data/scalars.json', dict(midway, step=half))
-            self.write(tmp_path / name / '2/vis_data/scalars.json', dict(end, step=2 * half))
+            (tmp_path / 'configs').mkdir(exist_ok=True)
+            (tmp_path / f'configs/{name}.py').write_text(f'train_cfg = dict(val_interval={half})\n')
+            lines = [dict(step=1, lr=1.0), dict(midway, step=half), dict(end, step=2 * half)]
+            self.write(tmp_path / name / '1/vis_data/scalars.json', *lines)
             self.write(tmp_path / f'test-{name}/1/1.json', end)
 
-    def write(self, path: Path, values: dict[str, float]) -> None:
+    def write(self, path: Path, *lines: dict[str, float]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
+        path.write_text('\n'.join(map(json.dumps, lines)))
 
-    def scores(self, folder: Path) -> list[report_all.Score]:
+    def scores(self, folder: Path) -> list[report_demo.Score]:
         seconds = {'mask-rcnn': 120.0, 'pspnet': 60.0}
-        return report_all.read_scores(folder, seconds, {BOX: 0.0, MASK: 0.0, 'mIoU': 8.5})
+        return report_demo.read_scores(folder, self.METHODS, seconds, {BOX: 0.0, MASK: 0.0, 'mIoU': 8.5})
 
     def test_scores_in_percent(self, tmp_path: Path) -> None:
-        assert [tuple(score) for score in self.scores(tmp_path)] == [
+        scores = self.scores(tmp_path)
+        assert [tuple(score) for score in scores] == [
             ('Mask R-CNN', BOX, 0.0, 20.0, 40.0, 120.0),
             ('Mask R-CNN', MASK, 0.0, 10.0, 30.0, 120.0),
             ('PSPNet', 'mIoU', 8.5, 20.0, 31.0, 60.0),
         ]
-        report_all.check(self.scores(tmp_path))
+        report_demo.check_scores(scores)
+        last = report_demo.make_table(scores).splitlines()[-1]
+        assert ' '.join(last.split()) == '| PSPNet | mIoU | 8.5 | 20.0 | 31.0 | 1.0 |'
 
-    def test_a_test_that_disagrees_with_the_training_is_an_error(self, tmp_path: Path) -> None:
-        self.write(tmp_path / 'test-pspnet/1/1.json', {'mIoU': 30.0})
-        with pytest.raises(SystemExit, match=r'pspnet had mIoU 31\.00 when .* has 30\.00'):
-            self.scores(tmp_path)
-
-    def test_a_detector_that_finds_nothing_is_an_error(self, tmp_path: Path) -> None:
-        """MMDetection has no AP then."""
+    def test_detector_without_detections_is_an_error(self, tmp_path: Path) -> None:
+        """MMDetection reports no AP then."""
         self.write(tmp_path / 'test-mask-rcnn/1/1.json', {})
-        for log in (tmp_path / 'mask-rcnn').rglob('scalars.json'):
-            log.write_text('')
-        with pytest.raises(SystemExit, match=r'Mask R-CNN: box AP 0\.0 midway, 0\.0 at the end, by chance'):
-            report_all.check(self.scores(tmp_path))
-
-    def test_an_interrupted_evaluation_is_left_open(self, tmp_path: Path) -> None:
-        (tmp_path / 'pspnet/1/vis_data/scalars.json').write_text('')
+        self.write(tmp_path / 'mask-rcnn/1/vis_data/scalars.json', dict(step=1, lr=1.0))
         scores = self.scores(tmp_path)
-        assert (scores[-1].midway, scores[-1].end) == (None, 31.0)
-        report_all.check(scores)
-        report_all.write_results(tmp_path, scores, [])
-        text = (tmp_path / 'results.md').read_text()
-        assert '| PSPNet | mIoU | 8.5 | - | 31.0 | 1.0 |' in text
-        assert '-: found nothing yet, or the evaluation was interrupted' in text
+        assert (scores[0].midway, scores[0].end) == (None, 0.0)
+        with pytest.raises(SystemExit, match=r'Mask R-CNN +\| box AP +\| 0\.0 +\| - '):
+            report_demo.check_scores(scores)
 
     @pytest.mark.parametrize('change', [dict(midway=31.0), dict(midway=10.0, end=16.0)])
-    def test_what_has_not_learned_is_named(self, tmp_path: Path, change: dict[str, float]) -> None:
-        """It must rise, and be well above chance."""
+    def test_method_that_has_not_learned_is_an_error(self, tmp_path: Path, change: dict[str, float]) -> None:
+        """The metric must rise, and be well above chance."""
         *others, pspnet = self.scores(tmp_path)
-        with pytest.raises(SystemExit, match=r'PSPNet: mIoU .* midway, .* at the end, by chance 8\.5') as end:
-            report_all.check([*others, pspnet._replace(**change)])
+        with pytest.raises(SystemExit, match='PSPNet') as end:
+            report_demo.check_scores([*others, pspnet._replace(**change)])
         assert 'Mask' not in str(end.value)
-
-    def test_tables(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        report_all.write_results(tmp_path, self.scores(tmp_path), [Path('maps.png')])
-        text = (tmp_path / 'results.md').read_text()
-        assert '| PSPNet | mIoU | 8.5 | 20.0 | 31.0 | 1.0 |' in text
-        assert 'chance of mIoU: background everywhere' in text
-        monkeypatch.setattr(run, 'ALL', tmp_path)
-        with open(os.devnull, 'w') as nowhere:
-            console = rich_console.Console(record=True, width=100, file=nowhere)
-            run.print_all(console)
-        text = console.export_text()
-        assert re.search(r'Mask R-CNN . mask AP . +0\.0 . +10\.0 . +30\.0 . +2\.0', text)
-        assert 'took 3.0 minutes' in text
-        assert 'maps.png' in text
 
     def test_chances(self, tmp_path: Path) -> None:
         (tmp_path / 'coco/maps/val').mkdir(parents=True)
@@ -437,45 +373,16 @@ class TestAllReported:
             (tmp_path / f'folders/val/{digit}').mkdir(parents=True)
             for number in range(3 if digit == 7 else 2):
                 (tmp_path / f'folders/val/{digit}/{number}.jpg').touch()
-        chances = report_all.measure_chances(tmp_path)
+        chances = report_demo.measure_chances(tmp_path)
         assert chances['mIoU'] == pytest.approx(75 / 11)
         assert chances['accuracy/top1'] == pytest.approx(100 * 3 / 21)
-        assert set(chances) == set(report_all.NAMES) == set(report_all.CHANCES)
-
-
-class TestLabels:
-    def place(self, boxes: list[tuple[list[int], int, str]]) -> list[Any]:
-        fig, ax = plt.subplots(figsize=(2, 2))
-        report.draw_boxes(ax, Image.new('RGB', (192, 192)), boxes)
-        fig.canvas.draw()
-        extents = [text.get_bbox_patch().get_window_extent() for text in ax.texts]
-        frame = ax.get_window_extent()
-        plt.close(fig)
-        for extent in extents:
-            assert frame.x0 - 1 <= extent.x0 < extent.x1 <= frame.x1 + 1
-            assert frame.y0 - 1 <= extent.y0 < extent.y1 <= frame.y1 + 1
-        return extents
-
-    @pytest.mark.parametrize('x', [0, 170])
-    @pytest.mark.parametrize('y', [0, 165])
-    def test_labels_stay_in_the_picture(self, x: int, y: int) -> None:
-        self.place([([x, y, 20, 26], 1, '1  0.99')])
-
-    def test_labels_do_not_overlap(self) -> None:
-        boxes = [([80, 60, 30, 40], i, f'{i}  0.9{i}') for i in range(4)]
-        boxes.append(([112, 60, 20, 30], 5, '5  0.80'))
-        extents = self.place(boxes)
-        for i, a in enumerate(extents):
-            for b in extents[:i]:
-                assert min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1
+        assert set(chances) == set(report_demo.METRICS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_methods_train_and_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One method of each code base, all the way from data to pictures; no time to learn anything."""
-    for scope in ('mmdet', 'mmseg', 'mmpretrain'):
-        pytest.importorskip(scope)
+def test_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both demos from data to pictures, with a method of each library; too short to learn anything."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     for name in ('tools', 'configs'):
@@ -485,19 +392,27 @@ def test_methods_train_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monk
     methods['mask-rcnn'] = methods['mask-rcnn']._replace(start='classify', lr=1e-3)
     methods['fpn'] = methods['fpn']._replace(start='mask-rcnn')
     monkeypatch.setattr(run, 'METHODS', methods)
-    monkeypatch.setattr(report_all, 'METHODS', methods)
+    limits = dict(
+        data=['--scenes', '20', '--val-scenes', '8', '--copies', '1'],
+        classify=['--cfg-options', 'train_dataloader.dataset.indices=8'],
+        detect=['--cfg-options', 'train_dataloader.dataset.indices=8'],
+    )
     *steps, _ = run.make_all_steps()
-    steps[0].command.extend(['--scenes', '20', '--val-scenes', '8', '--copies', '1'])
-    steps[1].command.extend(['--cfg-options', 'train_dataloader.dataset.indices=8'])
-    run.run_steps(steps, rich_console.Console(quiet=True))
+    one = run.make_steps()
+    for step in [*steps, *one]:
+        step.command.extend(limits.get(step.name, []))
+    run.run_steps(steps)
+    run.run_steps(one)
 
-    words = ['work_dirs/demo', '--data', 'data/digits']
-    monkeypatch.setattr(sys, 'argv', ['report_all.py', *words])
+    out = Path('work_dirs/demo')
+    seconds = {name: step['seconds'] for name, step in json.loads((out / 'steps.json').read_text()).items()}
     with pytest.raises(SystemExit, match='not clearly above chance'):
-        report_all.main()
-    out = Path('work_dirs/demo/all')
-    scores = json.loads((out / 'results.json').read_text())['scores']
-    assert [s['metric'] for s in scores] == [BOX, MASK, 'mIoU', 'accuracy/top1']
-    assert all(np.isfinite(s['end']) for s in scores)
-    for name in ('classification', 'boxes', 'masks', 'maps'):
-        assert cv2.imread(str(out / f'{name}.png')).std() > 10
+        report_demo.report_all(out / 'all', Path('data/digits'), seconds, methods)
+    assert '| Mask R-CNN ' in (out / 'all/results.md').read_text()
+    results = json.loads((out / 'results.json').read_text())
+    assert {'top1', 'bbox_mAP', 'bbox_mAP_50', 'seconds', 'versions', 'summary'} <= set(results)
+    pictures = [*out.glob('*.png'), *out.glob('all/*.png')]
+    assert sorted(p.stem for p in pictures) == [
+        *('boxes', 'classification', 'curves', 'maps', 'masks', 'predictions')
+    ]
+    assert all(cv2.imread(str(picture)).std() > 10 for picture in pictures)
