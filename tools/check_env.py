@@ -18,8 +18,8 @@ def main() -> None:
     )
     parser.add_argument('--json', action='store_true', help='print everything that was found, as JSON')
     parser.parse_args()
-    # Run from its file, because the package cannot be imported without torch or mmengine. As __main__, because
-    # the process that tries the packages imports it under that name.
+    # Run from its file, because the package cannot be imported without torch or mmengine. As __main__, the
+    # name under which the process that tries the packages imports it.
     package = importlib.util.find_spec('emo2_mm')
     tools = Path(__file__).resolve().parent
     folder = Path(package.origin).parent if package and package.origin else tools.parent / 'emo2_mm'
