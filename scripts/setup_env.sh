@@ -284,7 +284,7 @@ if [ -z "$have" ]; then
 fi
 rm -f "$venv/.steps/complete"
 step 'installers: pip, uv'
-run 10 "$venv/bin/python" -m pip install -c "$pins" -U pip setuptools wheel ninja psutil uv || failed 'pip failed'
+run 10 "$venv/bin/python" -m pip install -c "$pins" pip setuptools wheel ninja psutil uv || failed 'pip failed'
 configure_uv
 
 mmcv_key="$mmcv $mmcv_version, torch $torch_version, $flavour"
