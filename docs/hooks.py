@@ -1,7 +1,7 @@
-"""MkDocs hooks: pages from outside docs/, the API reference, and links that work on GitHub and on the site.
+"""MkDocs hooks: pages from outside docs/, the API reference, links that work on GitHub and on the site.
 
-Pages link to files as on GitHub, relative to their own place in the repository. On the site, a page of the root
-has another place; any other linked file is copied into the site.
+Pages link to files relative to their own place in the repository, as GitHub resolves links. On the site, pages
+of the root have another place, and any other linked file is copied into the site.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links lead to the places of their files on the site."""
     source = source_of(page.file.src_uri)
+    if source.startswith('README'):
+        page.meta['hide'] = ['navigation']
     folder = posixpath.dirname(page.file.src_uri)
 
     def moved(match: re.Match[str]) -> str:
@@ -118,27 +120,32 @@ def reference_pages() -> Iterator[tuple[str, str]]:
     """Name and text of each page: the package, each of its modules, each subpackage with its modules."""
     package = ROOT / PACKAGE
     yield PACKAGE, package_page(PACKAGE, package, [])
-    for path in [*public_modules(package), *sorted(package.glob('*/__init__.py'))]:
-        if path.name == '__init__.py':
-            name = f'{PACKAGE}.{path.parent.name}'
-            yield name, package_page(name, path.parent, public_modules(path.parent))
-        elif path.stem != 'version':
-            yield f'{PACKAGE}.{path.stem}', f'# {PACKAGE}.{path.stem}\n\n{directive(f"{PACKAGE}.{path.stem}")}'
+    for path in public_modules(package):
+        if path.stem != 'version':
+            yield (
+                f'{PACKAGE}.{path.stem}',
+                f'# {PACKAGE}.{path.stem}\n\n{directive(f"{PACKAGE}.{path.stem}")}',
+            )
+    for init in sorted(package.glob('*/__init__.py')):
+        name = f'{PACKAGE}.{init.parent.name}'
+        yield name, package_page(name, init.parent, public_modules(init.parent))
 
 
-def directive(name: str, **options: Any) -> str:
-    options = dict(show_root_heading=False, show_root_toc_entry=False, heading_level=2, **options)
-    return f'::: {name}\n' + json.dumps(dict(options=options), indent=4).replace('\n', '\n    ').join(['    ', '\n'])
+def directive(name: str, heading_level: int = 2, members: str = 'true') -> str:
+    """A block that mkdocstrings replaces by the docstrings of a module."""
+    options = dict(show_root_heading='false', heading_level=heading_level, members=members)
+    lines = ''.join(f'\n      {option}: {value}' for option, value in options.items())
+    return f'::: {name}\n    options:{lines}'
 
 
 def package_page(name: str, folder: Path, modules: list[Path]) -> str:
     """A package: its docstring, what it exports, and its modules."""
-    parts = [f'# {name}', directive(name, members=False)]
+    parts = [f'# {name}', directive(name, members='false')]
     exports = exported(folder / '__init__.py', name)
     if exports:
         parts.append('\n'.join(f'- [`{name}.{export}`][{target}]' for export, target in exports))
     for path in modules:
-        parts += [f'## {name}.{path.stem}', directive(f'{name}.{path.stem}').replace('2', '3', 1)]
+        parts += [f'## {name}.{path.stem}', directive(f'{name}.{path.stem}', heading_level=3)]
     return '\n\n'.join(parts)
 
 
@@ -152,7 +159,7 @@ def exported(init: Path, name: str) -> list[tuple[str, str]]:
 
 
 class MarkdownDocstrings(griffe.Extension):
-    """Render the reStructuredText that occurs in docstrings: roles, links, and ``::`` before a literal block."""
+    """Convert the reStructuredText in docstrings: roles, links, and ``::`` before a literal block."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Change the docstring of a module, class, function or attribute."""
@@ -174,9 +181,10 @@ def notebook_page(text: str) -> str:
         parts.append(source if cell['cell_type'] == 'markdown' else f'```python\n{source}\n```')
         for output in cell.get('outputs', []):
             data = output.get('data', {})
-            printed = ''.join(output.get('text', data.get('text/plain', '')))
-            if 'image/png' in data:
-                parts.append(f'![Output of the cell above](data:image/png;base64,{"".join(data["image/png"]).strip()})')
+            printed = ''.join(output.get('text', data.get('text/plain', ''))).rstrip()
+            picture = next((kind for kind in ('image/png', 'image/jpeg') if kind in data), None)
+            if picture:
+                parts.append(f'![Output of the cell above](data:{picture};base64,{data[picture].strip()})')
             elif printed:
-                parts.append(f'```text\n{printed.rstrip()}\n```')
+                parts.append(f'```text\n{printed}\n```')
     return '\n\n'.join(parts)
