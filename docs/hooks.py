@@ -1,7 +1,7 @@
 """MkDocs hooks: pages from outside docs/, the API reference, links that work on GitHub and on the site.
 
-Pages link to files relative to their own place in the repository, as GitHub resolves links. On the site, pages
-of the root have another place, and any other linked file is copied into the site.
+Pages link to files relative to their own place in the repository, as on GitHub. On the site, pages of the root
+have another place, and any other linked file is copied into the site.
 """
 
 from __future__ import annotations
