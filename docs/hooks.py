@@ -1,7 +1,7 @@
 """MkDocs hooks: pages from outside docs/, the API reference, links that work on GitHub and on the site.
 
-Pages link to files relative to their own place in the repository, as on GitHub. On the site, pages of the root
-have another place, and any other linked file is copied into the site.
+Pages link to files relative to their own place in the repository, as on GitHub. On the site, pages of the
+root have another place, and any other linked file is copied into the site.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def reference_pages() -> Iterator[tuple[str, str]]:
         yield name, package_page(name, init.parent, public_modules(init.parent))
 
 
-def directive(name: str, heading_level: int = 2, members: str = 'true') -> str:
+def directive(name: str, **options: Any) -> str:
     """A block that mkdocstrings replaces by the docstrings of a module."""
-    options = dict(show_root_heading='false', heading_level=heading_level, members=members)
+    options = dict(show_root_heading='false', show_root_toc_entry='false', **options)
     lines = ''.join(f'\n      {option}: {value}' for option, value in options.items())
     return f'::: {name}\n    options:{lines}'
 
