@@ -34,6 +34,7 @@ PAGES = {
     NOTEBOOK: 'guide/tutorial.md',
     **{f'configs/{task}/README.md': f'configs/{task}.md' for task in ('cls', 'det', 'seg')},
 }
+WIDE = {'README.md': 'navigation', 'README_zh-CN.md': 'navigation', 'MODEL_ZOO.md': 'toc'}  # hidden for width
 SOURCES = {site: source for source, site in PAGES.items()}
 LINK = re.compile(r'(?P<before>\]\(|(?:src|href|srcset)=")(?P<target>[^)\s"#]+)(?=[#)"])')
 CODE_BLOCK = re.compile(r'^(```.*?^```)$', re.M | re.S)
@@ -91,8 +92,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links lead to the places of their files on the site."""
     source = source_of(page.file.src_uri)
-    if source.startswith('README'):
-        page.meta['hide'] = ['navigation']
+    if source in WIDE:
+        page.meta['hide'] = [WIDE[source]]
     folder = posixpath.dirname(page.file.src_uri)
 
     def moved(match: re.Match[str]) -> str:

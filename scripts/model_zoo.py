@@ -28,37 +28,37 @@ TEMPLATE = """\
 
 <!-- Written by `python scripts/model_zoo.py` from configs/*/metafile.yml: edit those. -->
 
-Two kinds of figures stand side by side here, each under its own heading:
+Two kinds of figures, in columns of their own:
 
-- **reported**: the authors', published with [arXiv 2412.06674](https://arxiv.org/abs/2412.06674). No accuracy
+- **reported** by the authors with the paper ([arXiv 2412.06674](https://arxiv.org/abs/2412.06674)). No accuracy
   on this page was reproduced by this project.
-- **measured**: counted on this project's configs by `python tools/get_flops.py CONFIG`, for one image of the
-  size given. FLOPs are multiply-adds.
+- **measured** on this project's configs by `python tools/get_flops.py CONFIG`, for one image of the given size.
+  FLOPs are multiply-adds.
 
 ![Reported accuracy over measured parameters]({plot})
 
-*Accuracy as reported by the authors, over parameters as measured here: of the whole model, at inference.*
+*Accuracy as reported by the authors, over the parameters of the whole model at inference, as measured here.*
 
-With 8 GPUs, at the published batch size (with another number of them, `--auto-scale-lr` fits the rate):
+With 8 GPUs, at the published batch size (`--auto-scale-lr` adapts the learning rate to another number):
 
 ```bash
 tools/dist_train.sh CONFIG 8
 tools/dist_test.sh CONFIG CHECKPOINT 8
 ```
 
-The authors release ImageNet weights of 1M, 2M and 5M only; this project hosts none. They are linked below as
-on the authors' page, untried here; [what they may be used for](README.md#weights) is up to the authors.
-Detectors and segmentors start from the file named, in `checkpoints/`. Weights of 20M are not released: its
-configs start from random ones and cannot repeat what is reported, which is with them.
+The authors publish ImageNet weights of 1M, 2M and 5M only; this project hosts none. The links below are those of
+the authors' page and were not tried here; [their licence](README.md#weights) is up to the authors. Detectors and
+segmentors start from the named file in `checkpoints/`. Weights of 20M are not published: its configs start from
+random weights and cannot reproduce the reported results, which used pretrained ones.
 
 ## Classification on ImageNet-1K
 
 {cls}
 
-Parameters are reported cut after the first decimal. The last model was trained on images of 512 x 512 in
-windows of 8; its weights are `EMOv2_5M_512_KD.pth`, on [the authors' page](https://github.com/zhangzjn/EMOv2).
-That page gave its accuracy for 224 x 224 and 1035 M at first, as above, and later for 512 x 512 and 5627 M.
-At 512 x 512 this counts 5627.332 M:
+Reported parameters are truncated after the first decimal. The last model was trained on images of 512 x 512
+with windows of 8; its weights are `EMOv2_5M_512_KD.pth`, on [the authors' page](https://github.com/zhangzjn/EMOv2).
+That page first gave its accuracy for 224 x 224 and 1035 M, as above, and later for 512 x 512 and 5627 M.
+At 512 x 512 it has 5627.332 M:
 
 ```bash
 python tools/get_flops.py configs/cls/emo2_5m.py --shape 512 --cfg-options model.backbone.window_size=8
@@ -69,14 +69,14 @@ python tools/get_flops.py configs/cls/emo2_5m.py --shape 512 --cfg-options model
 {det}
 
 The authors call SSDLite's 320 x 320 "300". Their FLOPs of RetinaNet and Mask R-CNN are a mean over images of
-several sizes; at 800 x 1280 it is {retinanet} and {mask_rcnn} times as much. Mask R-CNN's mAP is that of
-boxes; of masks only that of 5M is known, {mask_map}, from the authors' log.
+several sizes; at 800 x 1280 they are {retinanet} and {mask_rcnn} times as high. For Mask R-CNN the table has the
+box mAP; the only known mask mAP is {mask_map} for 5M, from the authors' log.
 
 ## Segmentation on ADE20K
 
 {seg}
 
-Parameters are those at inference; in brackets with the auxiliary head, which only training needs.
+Parameters are those at inference; in brackets, with the auxiliary head that is used in training only.
 
 ## Without a published result
 
