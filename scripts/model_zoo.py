@@ -30,10 +30,10 @@ TEMPLATE = """\
 
 Two kinds of figures, in columns of their own:
 
-- **reported** by the authors with the paper ([arXiv 2412.06674](https://arxiv.org/abs/2412.06674)). No accuracy
-  on this page was reproduced by this project.
-- **measured** on this project's configs by `python tools/get_flops.py CONFIG`, for one image of the given size.
-  FLOPs are multiply-adds.
+- **reported** by the authors with the paper ([arXiv 2412.06674](https://arxiv.org/abs/2412.06674)). No
+  accuracy on this page was reproduced by this project.
+- **measured** on this project's configs by `python tools/get_flops.py CONFIG`, for one image of the given
+  size. FLOPs are multiply-adds.
 
 ![Reported accuracy over measured parameters]({plot})
 
@@ -46,10 +46,10 @@ tools/dist_train.sh CONFIG 8
 tools/dist_test.sh CONFIG CHECKPOINT 8
 ```
 
-The authors publish ImageNet weights of 1M, 2M and 5M only; this project hosts none. The links below are those of
-the authors' page and were not tried here; [their licence](README.md#weights) is up to the authors. Detectors and
-segmentors start from the named file in `checkpoints/`. Weights of 20M are not published: its configs start from
-random weights and cannot reproduce the reported results, which used pretrained ones.
+The authors publish ImageNet weights of 1M, 2M and 5M only; this project hosts none. The links below are those
+of the authors' page and were not tried here; [their licence](README.md#weights) is up to the authors.
+Detectors and segmentors start from the named file in `checkpoints/`. Weights of 20M are not published: its
+configs start from random weights and cannot reproduce the reported results, which used pretrained ones.
 
 ## Classification on ImageNet-1K
 
@@ -69,8 +69,8 @@ python tools/get_flops.py configs/cls/emo2_5m.py --shape 512 --cfg-options model
 {det}
 
 The authors call SSDLite's 320 x 320 "300". Their FLOPs of RetinaNet and Mask R-CNN are a mean over images of
-several sizes; at 800 x 1280 they are {retinanet} and {mask_rcnn} times as high. For Mask R-CNN the table has the
-box mAP; the only known mask mAP is {mask_map} for 5M, from the authors' log.
+several sizes; at 800 x 1280 they are {retinanet} and {mask_rcnn} times as high. For Mask R-CNN the table has
+the box mAP; the only known mask mAP is {mask_map} for 5M, from the authors' log.
 
 ## Segmentation on ADE20K
 

@@ -80,7 +80,7 @@ ERRORS = [
     (fail(without(CLASSIC, 'mmdet', 'mmseg'), 'mmcv.ops', NO_EXT), 'warning', 'operators', 'MMCV_WITH_OPS'),
     (fail(CLASSIC, 'mmdet', 'it crashes Python'), 'error', 'mmdet fails: it crashes', '--force-reinstall'),
     (fail(CLASSIC, 'mmseg', "No module named 'ftfy'"), 'error', 'mmseg fails', 'classic.txt ftfy'),
-    (fail(CLASSIC, 'torchvision', "No module named 'PIL'"), 'error', 'torchvision fails', 'classic.txt pillow'),
+    (fail(CLASSIC, 'torchvision', "No module named 'PIL'"), 'error', 'torchvision fails', 'txt pillow'),
     (
         fail(CLASSIC, 'emo2_mm', 'SyntaxError: bad'),
         'error',

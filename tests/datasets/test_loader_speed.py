@@ -13,7 +13,9 @@ from emo2_mm.datasets import loader_speed
 
 
 @pytest.mark.parametrize('text', [CLASSIFIER, DETECTOR, SEGMENTOR], ids=['cls', 'det', 'seg'])
-def test_images_of_several_epochs_are_counted_without_the_first_batch(tmp_path: Any, monkeypatch: Any, text: str) -> None:
+def test_images_of_several_epochs_are_counted_without_the_first_batch(
+    tmp_path: Any, monkeypatch: Any, text: str
+) -> None:
     """A second a batch: the first is not counted, then five batches of two, over epochs of two."""
     cfg = Config.fromfile(write_config(tmp_path, text))
     pytest.importorskip(cfg.default_scope)

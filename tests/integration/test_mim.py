@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmengine.fileio import load
 from helpers.tiny import ROOT
+from mmengine.fileio import load
 
 OPENMIM = 'openmim==0.3.9'
 

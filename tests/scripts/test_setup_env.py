@@ -23,7 +23,8 @@ case "$*" in
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "$PWD/$3" >"$3/bin/activate" ;;
 "-m pip install "*uv) cp "$FAKES/uv" .venv*/bin ;;
 "-m pip config "*) exit 1 ;;
-"-m pip download "*) [ -n "$PREBUILT" ] || exit 1; while [ "$1" != -d ]; do shift; done; echo good >"$2/$WHEEL" ;;
+"-m pip download "*) [ -n "$PREBUILT" ] || exit 1; while [ "$1" != -d ]; do shift; done
+    echo good >"$2/$WHEEL" ;;
 "-m pip wheel "*) while [ "$1" != -w ]; do shift; done; echo good >"$2/$WHEEL" ;;
 "- "*) grep -q good "$NOTES.installed" ;;
 esac
@@ -57,7 +58,8 @@ class Checkout:
             (fakes / name).write_text(text)
             (fakes / name).chmod(0o755)
         self.python = fakes / 'python'
-        for name in ('scripts', 'requirements', 'setup.py', 'pyproject.toml', 'Makefile', 'emo2_mm/version.py'):
+        files = 'scripts', 'requirements', 'setup.py', 'pyproject.toml', 'Makefile', 'emo2_mm/version.py'
+        for name in files:
             target = self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, target)
@@ -159,7 +161,8 @@ def test_wheel_comes_from_cache_then_index_then_compiler(checkout: Checkout) -> 
     checkout.wheel.write_text('bad')
     output = checkout.run(PREBUILT='1')
     assert 'this cached wheel does not work here: discarded' in output
-    assert checkout.asked('download.openmmlab.com/mmcv/dist/cpu/torch2.1.0') and not checkout.asked('pip wheel')
+    assert checkout.asked('download.openmmlab.com/mmcv/dist/cpu/torch2.1.0')
+    assert not checkout.asked('pip wheel')
     assert checkout.wheel.read_text() == 'good\n'
 
     checkout.wheel.unlink()
