@@ -17,6 +17,8 @@ from PIL import Image
 
 from emo2_mm import apis
 
+pytestmark = pytest.mark.both_stacks
+
 
 @pytest.fixture
 def main(monkeypatch, capsys, tmp_path):

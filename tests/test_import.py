@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from helpers.tiny import ROOT
+
+pytestmark = pytest.mark.both_stacks
 
 
 def python(code: str) -> subprocess.CompletedProcess:

@@ -22,6 +22,8 @@ from emo2_mm.engine.evaluation import enable_tta
 from emo2_mm.engine.training import apply_options
 from emo2_mm.errors import UserError
 
+pytestmark = pytest.mark.both_stacks
+
 
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg'])
 def test_amp_evaluates_in_bfloat16_on_a_cpu(tiny, call, scope):

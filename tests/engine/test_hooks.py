@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from emo2_mm import EMOv2
 from emo2_mm.weights.load import load_backbone_weights
 
+pytestmark = pytest.mark.both_stacks
+
 
 def copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -14,6 +14,8 @@ from mmengine.runner import CheckpointLoader
 from emo2_mm.engine.resume import find_resumable, install_safe_loader, load_checkpoint_safely
 from emo2_mm.errors import UserError
 
+pytestmark = pytest.mark.both_stacks
+
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:

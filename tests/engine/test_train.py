@@ -17,6 +17,8 @@ from emo2_mm.engine import training
 from emo2_mm.engine.training import apply_options
 from emo2_mm.errors import UserError
 
+pytestmark = pytest.mark.both_stacks
+
 
 def apply(cfg, **changes):
     apply_options(cfg, **{**dict(amp=False, auto_scale_lr=False, validate=True, resume=None), **changes})

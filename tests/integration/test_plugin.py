@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mmengine.utils import get_installed_path, is_installed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
 # What such a project inherits and changes, beside the backbone's type and import.
 PROJECTS = {
     'mmpretrain': """

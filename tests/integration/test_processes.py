@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import distributed
 from torch.multiprocessing import spawn
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
 IMAGES = 4
 SEGFORMER = SEGMENTOR.replace('FCNHead', 'SegformerHead').replace('num_convs=1, ', '')
 SEGFORMER = SEGFORMER.replace(

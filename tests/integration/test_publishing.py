@@ -12,7 +12,7 @@ from helpers.tiny import DETECTOR, call_tool, run, write_config, write_data
 from emo2_mm.publish import publish
 from emo2_mm.weights.read import read_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
 
 
 def test_a_published_detector_gives_the_metric_and_boxes_of_its_run(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from helpers.checkpoints import BOMBS
 from helpers.tiny import CLASSIFIER, ROOT, run, write_config, write_data
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
 
 
 pytest.importorskip('mmpretrain')

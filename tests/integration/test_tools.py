@@ -8,7 +8,7 @@ import pytest
 from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, run, write_config, write_data
 from mmengine.config import Config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
 
 
 CASES = {

@@ -255,7 +255,9 @@ class TestWindows:
     @pytest.mark.parametrize(
         ('size', 'backbone'), [(0, {}), (8, dict(backbone=dict(type='ResNet', depth=18)))]
     )
-    def test_bad_size_or_backbone_is_refused(self, size: int, backbone: dict[str, Any]) -> None:
+    def test_a_size_that_is_not_positive_or_another_backbone_is_refused(
+        self, size: int, backbone: dict[str, Any]
+    ) -> None:
         message = f'train_window_size is {size}; give a positive number of tokens, and an EMOv2'
         with pytest.raises(ValueError, match=message):
             build(pixel_teacher(), train_window_size=size, **backbone)

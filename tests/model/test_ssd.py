@@ -13,6 +13,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 pytest.importorskip('mmdet')
 
+pytestmark = pytest.mark.both_stacks
+
 
 def test_ssdlite_predicts() -> None:
     from mmdet.structures import DetDataSample

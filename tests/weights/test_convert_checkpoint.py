@@ -17,6 +17,8 @@ from emo2_mm import convert as conversion
 
 mmpretrain = pytest.importorskip('mmpretrain')
 
+pytestmark = pytest.mark.both_stacks
+
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
 
 

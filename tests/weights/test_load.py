@@ -19,6 +19,8 @@ from torch import nn
 from emo2_mm import EMOv2
 from emo2_mm.weights.load import find_arch, find_state_dict, load_backbone_weights
 
+pytestmark = pytest.mark.both_stacks
+
 ARCHS = EMOv2.arch_settings
 
 

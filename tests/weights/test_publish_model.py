@@ -23,6 +23,8 @@ from emo2_mm.apis import init_inferencer
 from emo2_mm.weights.load import find_state_dict, match_weights
 from emo2_mm.weights.read import read_checkpoint
 
+pytestmark = pytest.mark.both_stacks
+
 CFG = "model = dict(type='RetinaNet')\n"
 
 

@@ -21,6 +21,8 @@ from torch import nn
 
 from emo2_mm.weights.read import read_checkpoint
 
+pytestmark = pytest.mark.both_stacks
+
 
 def test_logging_objects_are_replaced(tmp_path):
     torch.save({'state_dict': {'a': torch.ones(2)}, 'hub': logging_objects()}, tmp_path / 'f.pth')
