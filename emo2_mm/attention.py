@@ -6,34 +6,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modes import is_hooked, runs_on_cpu
-from .ragged import activate_and_attend
 
+def window_partition(x: Tensor, size: int, heads: int) -> Tensor:
+    """View neighbour windows: adjacent tokens, as in Swin and the "block" attention of MaxViT.
 
-def split_windows(x: Tensor, size: int, heads: int) -> Tensor:
-    """Gather the neighbour and the distant windows of a map.
-
-    With n1 x n2 windows of side ``size``, the neighbour window (i, j) holds the adjacent tokens
-    (i * size + a, j * size + b), the distant window (i, j) the strided tokens (a * n1 + i, b * n2 + j).
+    With n1 x n2 windows of side ``size``, window (i, j) holds the tokens (i * size + a, j * size + b).
 
     Args:
-        x: Map of shape (B, n1 * size, n2 * size, heads * d).
+        x: Feature map of shape (B, n1 * size, n2 * size, heads * d).
         size: Side of a window, in tokens.
         heads: Number of attention heads.
 
     Returns:
-        Windows of shape (2 * B * n1 * n2, heads, size * size, d), all neighbour ones first.
+        View of shape (B, n1, n2, heads, size, size, d).
     """
     b, h, w, c = x.shape
-    n1, n2, d = h // size, w // size, c // heads
-    neighbour = x.view(b, n1, size, n2, size, heads, d).permute(0, 1, 3, 5, 2, 4, 6)
-    distant = x.view(b, size, n1, size, n2, heads, d).permute(0, 2, 4, 5, 1, 3, 6)
-    # both: (B, n1, n2, heads, size, size, d)
-    return torch.stack((neighbour, distant)).view(-1, heads, size * size, d)
+    x = x.reshape(b, h // size, size, w // size, size, heads, c // heads)
+    return x.permute(0, 1, 3, 5, 2, 4, 6)
+
+
+def window_reverse(windows: Tensor) -> Tensor:
+    """Put the windows of :func:`window_partition` back into (B, n1 * size, n2 * size, heads * d)."""
+    return windows.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+
+
+def grid_partition(x: Tensor, size: int, heads: int) -> Tensor:
+    """View distant windows: strided tokens, as in the "grid" attention of MaxViT.
+
+    With n1 x n2 windows of side ``size``, window (i, j) holds the tokens (a * n1 + i, b * n2 + j). Arguments
+    and shapes are those of :func:`window_partition`.
+    """
+    b, h, w, c = x.shape
+    x = x.reshape(b, size, h // size, size, w // size, heads, c // heads)
+    return x.permute(0, 2, 4, 5, 1, 3, 6)
+
+
+def grid_reverse(windows: Tensor) -> Tensor:
+    """Put the windows of :func:`grid_partition` back into (B, n1 * size, n2 * size, heads * d)."""
+    return windows.permute(0, 4, 1, 5, 2, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+
+
+def split_windows(x: Tensor, size: int, heads: int) -> Tensor:
+    """Copy the windows of both kinds: (2 * B * n1 * n2, heads, size * size, d), all neighbour ones first."""
+    windows = torch.stack((window_partition(x, size, heads), grid_partition(x, size, heads)))
+    return windows.flatten(5, 6).flatten(0, 3)
 
 
 def add_windows(windows: Tensor, size: int, n1: int, n2: int) -> Tensor:
-    """Put the windows of :func:`split_windows` back into their places and add the two kinds.
+    """Put the windows of :func:`split_windows` back and add the two kinds.
 
     Args:
         windows: Windows of shape (2 * B * n1 * n2, heads, size * size, d).
@@ -42,23 +62,21 @@ def add_windows(windows: Tensor, size: int, n1: int, n2: int) -> Tensor:
         n2: Number of windows from left to right.
 
     Returns:
-        Map of shape (B, n1 * size, n2 * size, heads * d).
+        Feature map of shape (B, n1 * size, n2 * size, heads * d).
     """
-    _, heads, _, d = windows.shape
-    neighbour, distant = windows.view(2, -1, n1, n2, heads, size, size, d)
-    neighbour = neighbour.permute(0, 1, 4, 2, 5, 3, 6)  # (B, n1, size, n2, size, heads, d)
-    distant = distant.permute(0, 4, 1, 5, 2, 3, 6)  # (B, size, n1, size, n2, heads, d)
-    shape = (-1, n1 * size, n2 * size, heads * d)
-    return neighbour.reshape(shape) + distant.reshape(shape)
+    batch = windows.shape[0] // (2 * n1 * n2)
+    windows = windows.unflatten(0, (2, batch, n1, n2)).unflatten(-2, (size, size))
+    neighbour, distant = windows
+    return window_reverse(neighbour) + grid_reverse(distant)
 
 
 class SEWMHSA(nn.Module):
     """Spanning expanded-window multi-head self-attention, which also expands the channels.
 
     Neighbour windows (adjacent tokens) and distant windows (strided tokens) share one set of q, k and v;
-    the results of the two are added. The map is padded at right and bottom with zeros, before q, k and v
-    are computed, to a multiple of the window. Padded tokens are attended, without a mask: the released
-    weights were trained so.
+    the results of the two are added. The feature map is padded at right and bottom with zeros, before q, k
+    and v are computed, to a multiple of the window. Padding tokens are attended, without a mask: the
+    released weights were trained so.
 
     Args:
         channels: Channels of the input, a multiple of ``head_dim``.
@@ -79,11 +97,6 @@ class SEWMHSA(nn.Module):
         """Map (B, H, W, channels) to (B, H, W, expanded_channels)."""
         _, h, w, _ = x.shape
         size, heads = self.window_size, self.heads
-        gelu = type(self.act) is nn.GELU and self.act.approximate == 'none'
-        own = gelu and type(self.qk) is type(self.v) is nn.Linear  # not an adapter in its place
-        if own and runs_on_cpu(x) and not is_hooked(*self._modules.values()):
-            return activate_and_attend(self.qk(x), self.v(x), self.qk.bias, self.v.bias, size, heads)
-
         x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
         n1, n2 = x.shape[1] // size, x.shape[2] // size
 

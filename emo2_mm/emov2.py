@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
-from itertools import chain
-from typing import Any, Iterator, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
+from . import cpu
+from .arch import ARCH_SETTINGS, STAGE_ATTENDS, check_arch, check_options, check_out_indices
 from .attention import SEWMHSA
-from .deploy import fold_following_norm, fold_preceding_norm
-from .depthwise import DepthwiseConv2d, can_mix_and_project, mix_and_project
-from .inference import infer, need_not_be_called, parts_of, structure
-from .inplace import SiLU, add
-from .modes import infers_on_cpu, is_hooked, trains_on_cpu
 from .weights.load import load_backbone_weights
-
-EPS = 1e-6  # of every norm in the network
-BATCH_NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
-
-# The four stages: strides 4 and 8 are convolutional, strides 16 and 32 attend.
-STAGE_ATTENDS = (False, False, True, True)
-
-
-def build_batch_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
-    """Build the batch norm that ``norm_cfg`` names, with this network's eps unless it sets one."""
-    cfg = {'eps': EPS, **(norm_cfg or {})}
-    kind, requires_grad = cfg.pop('type', None), cfg.pop('requires_grad', True)
-    if kind not in BATCH_NORMS:
-        raise ValueError(f'norm_cfg is {norm_cfg}; EMOv2 takes the types {list(BATCH_NORMS)}')
-    norm = BATCH_NORMS[kind](channels, **cfg)
-    return norm.requires_grad_(requires_grad)
-
-
-def channels_first(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a (B, C, H, W) module to a (B, H, W, C) map. Both permutations are views, not copies."""
-    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+from .fold import fold_network, folding_mismatch
+from .layers import EPS, DropPath, build_batch_norm, recomputed
 
 
 class Stem(nn.Module):
@@ -49,7 +24,7 @@ class Stem(nn.Module):
 
     Args:
         in_channels: Channels of the image.
-        channels: Channels of the map.
+        channels: Channels of the feature map.
         norm_cfg: The batch norms.
     """
 
@@ -57,32 +32,19 @@ class Stem(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
         self.norm = build_batch_norm(norm_cfg, channels)
-        self.act = SiLU()
-        self.depthwise = DepthwiseConv2d(channels, 3)
+        self.act = nn.SiLU()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.depthwise_norm = build_batch_norm(norm_cfg, channels)
-        self.depthwise_act = SiLU()
+        self.depthwise_act = nn.SiLU()
         self.project = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the map."""
+        """Compute the feature map; in memory it is channels last."""
+        if cpu.why_not(self, x) is None:
+            return cpu.stem(self, x)
         x = self.act(self.norm(self.conv(x)))
         x = self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
         return self.project(x)
-
-
-class DropPath(nn.Module):
-    """Drop a residual branch for whole samples at random (stochastic depth, arXiv 1603.09382)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)
-        return x * mask.div_(keep)
 
 
 class I2RMB(nn.Module):
@@ -103,11 +65,12 @@ class I2RMB(nn.Module):
         expand_ratio: Channels between ``expand`` and ``project``, relative to the input.
         stride: 2 for the first block of a stage, which has no residual, else 1.
         attends: Whether the block belongs to a stage that attends.
+        drop_path_rate: Probability to drop the residual branch.
         head_dim: Channels of one attention head of q and k.
         window_size: Side of an attention window, in tokens.
-        drop_path_rate: Probability to drop the residual branch.
         layer_scale_init_value: Initial factor on the branch.
         norm_cfg: The batch norms.
+        with_cp: Recompute the block in the backward pass.
     """
 
     def __init__(
@@ -117,86 +80,56 @@ class I2RMB(nn.Module):
         expand_ratio: float,
         stride: int,
         attends: bool,
+        drop_path_rate: float,
         head_dim: int,
         window_size: int,
-        drop_path_rate: float,
         layer_scale_init_value: float,
         norm_cfg: dict[str, Any],
+        with_cp: bool = False,
     ) -> None:
         super().__init__()
         mid_channels = int(in_channels * expand_ratio)
-        self.stride = stride
         self.residual = stride == 1
+        self.with_cp = with_cp
         self.norm = nn.LayerNorm(in_channels, EPS) if attends else build_batch_norm(norm_cfg, in_channels)
         if attends and self.residual:
             self.expand = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
         else:
             linear = nn.Linear(in_channels, mid_channels)
-            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else SiLU()))
-        self.depthwise = DepthwiseConv2d(mid_channels, 5, stride)
+            self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else nn.SiLU()))
+        self.depthwise = nn.Conv2d(
+            mid_channels, mid_channels, 5, stride, padding=2, groups=mid_channels, bias=False
+        )
         self.depthwise_norm = build_batch_norm(norm_cfg, mid_channels)
-        self.depthwise_act = SiLU()
+        self.depthwise_act = nn.SiLU()
         self.project = nn.Linear(mid_channels, out_channels, bias=False)
         self.layer_scale = nn.Parameter(torch.full((out_channels,), layer_scale_init_value))
         self.drop_path = DropPath(drop_path_rate)
 
-    def spatial(self, x: Tensor) -> Tensor:
-        """Depth-wise convolution, batch norm and SiLU on a (B, C, H, W) map."""
-        return self.depthwise_act(self.depthwise_norm(self.depthwise(x)))
-
-    def mixes_at_once(self) -> bool:
-        """Whether all that follows ``expand`` may be computed together: nothing is exchanged or hooked."""
-        act = nn.Identity() if isinstance(self.expand, SEWMHSA) else self.expand.act
-        parts = act, self.depthwise, self.depthwise_norm, self.depthwise_act, self.project
-        return can_mix_and_project(*parts) and not is_hooked(*self._modules.values())
-
-    def branch(self, x: Tensor) -> Tensor:
-        """Compute what is scaled and added: (B, H, W, in_channels) to (B, H', W', out_channels)."""
-        y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else channels_first(self.norm, x)
-        if trains_on_cpu(y) and self.mixes_at_once():
-            attends = isinstance(self.expand, SEWMHSA)
-            y, act = (self.expand(y), nn.Identity()) if attends else (self.expand.linear(y), self.expand.act)
-            y = mix_and_project(y, act, self.depthwise, self.depthwise_norm, self.project)
-        else:
-            y = self.expand(y)
-            local = channels_first(self.spatial, y)
-            y = self.project(add(local, y) if self.residual else local)
-        return y
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, in_channels) to (B, H / stride, W / stride, out_channels)."""
-        y = self.branch(x)
+        if self.with_cp and self.training and torch.is_grad_enabled():
+            return recomputed(self._forward, self, x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if cpu.why_not(self, x) is None:
+            return cpu.block(self, x)
+        if isinstance(self.norm, nn.LayerNorm):
+            y = self.norm(x)
+        else:
+            y = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.expand(y)
+        local = self.depthwise(y.permute(0, 3, 1, 2))
+        local = self.depthwise_act(self.depthwise_norm(local)).permute(0, 2, 3, 1)
+        y = self.project(local + y if self.residual else local)
         if not self.residual:
             return y if self.layer_scale is None else y * self.layer_scale
         y = self.drop_path(y)
-        return add(y, x) if self.layer_scale is None else torch.addcmul(x, y, self.layer_scale)
-
-    def fold(self) -> None:
-        """Fold batch norms and layer scale; see :meth:`EMOv2.switch_to_deploy`."""
-        fold_following_norm(self.depthwise, self.depthwise_norm)
-        self.depthwise_norm = nn.Identity()
-        if not isinstance(self.norm, nn.LayerNorm):
-            fold_preceding_norm(self.norm, self.expand.linear)
-            self.norm = nn.Identity()
-        self.project.weight.data.mul_(self.layer_scale.data[:, None])
-        self.layer_scale = None
+        return x + y if self.layer_scale is None else torch.addcmul(x, y, self.layer_scale)
 
 
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics as they are, so that recomputing a block does not count its batch twice."""
-    norms = [
-        m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
-    ]
-    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, (momentum, batches) in zip(norms, before):
-            m.momentum = momentum
-            m.num_batches_tracked.copy_(batches)
+cpu.register(stem=Stem, block=I2RMB, attention=SEWMHSA, drop_path=DropPath)
 
 
 @MODELS.register_module()
@@ -206,8 +139,23 @@ class EMOv2(BaseModule):
 
     A convolutional stem at stride 2, then four stages of :class:`I2RMB` at strides 4, 8, 16 and 32. The
     first two stages are convolutional, the last two attend in neighbour and distant windows. The
-    first block of a stage halves the resolution and expands twice as wide. Maps are kept channels
+    first block of a stage halves the resolution and expands twice as wide. Feature maps are kept channels
     last inside: (B, H, W, C).
+
+    Fast path:
+        On a CPU, :mod:`emo2_mm.cpu` computes the stem and each block instead of their modules, with the same
+        outputs and gradients within rounding, if all of this holds for it; else its modules are called:
+
+        - Input and weights are plain tensors of one floating-point type, or autocast is on in training.
+        - Layers, norms and activations have the classes and settings they were built with, or strides of 1
+        and 2.
+        - No part has hooks, parametrizations or a ``forward`` of its own; there are no global hooks.
+        - Without gradients, batch norms are in eval mode, nothing is dropped, and autocast is off.
+        - With gradients, it is not deployed, and batch norms do not synchronize.
+        - Nothing traces, compiles, exports, transforms (:mod:`torch.func`) or intercepts operations.
+
+        ``emo2_mm.cpu.why_not(block, x)`` names the reason. ``emo2_mm.cpu.enable(False)`` or the environment
+        variable ``EMO2_MM_CPU_FASTPATH=0`` switches it off.
 
     Args:
         arch: '1m', '2m', '5m', '20m' or '50m', or a dict with the keys ``depths`` (blocks), ``channels``
@@ -225,6 +173,8 @@ class EMOv2(BaseModule):
         with_cp: Recompute blocks in the backward pass to save memory. Defaults to False.
         final_norm: Apply a layer norm to the map of the last stage, as classification does. Defaults to
             False.
+        deploy: Build the folded network, which loads what was saved after :meth:`switch_to_deploy` and does
+            not train. Defaults to False.
         norm_cfg: Batch norm, ``dict(type='BN')`` or ``dict(type='SyncBN')``, with ``requires_grad`` and
             the arguments of torch's classes; eps is 1e-6 unless given. Defaults to ``dict(type='BN')``.
         init_cfg: MMEngine's initialisation config. ``dict(type='Pretrained', checkpoint=FILE)`` takes
@@ -244,16 +194,7 @@ class EMOv2(BaseModule):
         (1, 180, 7, 7)
     """
 
-    arch_settings: dict[str, dict[str, Any]] = {
-        name: dict(depths=depths, channels=channels, expand_ratios=expand_ratios, head_dim=head_dim)
-        for name, depths, channels, expand_ratios, head_dim in (
-            ('1m', (2, 2, 8, 3), (32, 48, 80, 180), (2, 2.5, 3, 3.5), 20),
-            ('2m', (3, 3, 9, 3), (32, 48, 120, 200), (2, 2.5, 3, 3.5), 20),
-            ('5m', (3, 3, 9, 3), (48, 72, 160, 288), (2, 3, 4, 4), 32),
-            ('20m', (3, 3, 13, 3), (64, 128, 320, 448), (2, 3, 4, 4), 32),
-            ('50m', (5, 8, 20, 7), (64, 128, 384, 512), (2, 3, 4, 4), 32),
-        )
-    }
+    arch_settings = ARCH_SETTINGS
 
     def __init__(
         self,
@@ -267,87 +208,40 @@ class EMOv2(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         final_norm: bool = False,
+        deploy: bool = False,
         norm_cfg: dict[str, Any] = dict(type='BN'),  # noqa: B006, it is never changed
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        arch = self._check_arch(arch)
-        if isinstance(out_indices, int):
-            out_indices = (out_indices,)
-        stages = [i for i in range(4) if isinstance(out_indices, (list, tuple)) and i in out_indices]
-        if not stages or list(out_indices) != stages:
-            raise ValueError(f'out_indices is {out_indices}; give rising numbers out of 0, 1, 2, 3')
-        out_indices = tuple(out_indices)
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f'in_channels is {in_channels}; give a positive number of channels')
-        num_stages = out_indices[-1] + 1
-        if frozen_stages not in range(-1, num_stages + 1):
-            raise ValueError(
-                f'frozen_stages is {frozen_stages}; out_indices={out_indices} builds '
-                f'{num_stages} stages: give -1 (none), 0 (stem) to {num_stages}'
-            )
-        if not isinstance(window_size, int) or window_size < 1:
-            raise ValueError(f'window_size is {window_size}; give a positive number of tokens')
-        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate is {drop_path_rate!r}; give a rate from 0 to below 1')
+        arch = check_arch(arch, self.arch_settings)
+        out_indices = check_out_indices(out_indices)
+        check_options(in_channels, window_size, drop_path_rate, frozen_stages, out_indices)
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.with_cp = with_cp
         self.deployed = False
 
         width = arch['channels'][0] // 2
         self.stem = Stem(in_channels, width, norm_cfg)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(arch['depths'])).tolist())
+        shared = arch['head_dim'], window_size, layer_scale_init_value, norm_cfg, with_cp
         self.stages = nn.ModuleList()
-        for i in range(num_stages):
-            stage = nn.Sequential()
-            for j in range(arch['depths'][i]):
-                first = j == 0  # halves the resolution and expands twice as wide
-                stage.append(
-                    I2RMB(
-                        in_channels=width if first else arch['channels'][i],
-                        out_channels=arch['channels'][i],
-                        expand_ratio=arch['expand_ratios'][i] * (2 if first else 1),
-                        stride=2 if first else 1,
-                        attends=STAGE_ATTENDS[i],
-                        head_dim=arch['head_dim'],
-                        window_size=window_size,
-                        drop_path_rate=next(drop_path_rates),
-                        layer_scale_init_value=layer_scale_init_value,
-                        norm_cfg=norm_cfg,
-                    )
-                )
-            self.stages.append(stage)
-            width = arch['channels'][i]
+        for i, channels in enumerate(arch['channels'][: out_indices[-1] + 1]):
+            ratio, attends = arch['expand_ratios'][i], STAGE_ATTENDS[i]
+            # the first block halves the resolution and expands twice as wide
+            blocks = [I2RMB(width, channels, 2 * ratio, 2, attends, next(drop_path_rates), *shared)]
+            for _ in range(1, arch['depths'][i]):
+                blocks.append(I2RMB(channels, channels, ratio, 1, attends, next(drop_path_rates), *shared))
+            self.stages.append(nn.Sequential(*blocks))
+            width = channels
         self.norm = nn.LayerNorm(width, EPS) if final_norm else None
         self._freeze()
-        self._structure = structure(parts_of(self.stem, self.stages))
-
-    @classmethod
-    def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
-        if isinstance(arch, str):
-            if arch not in cls.arch_settings:
-                raise ValueError(f'arch is {arch!r}; give one of {list(cls.arch_settings)} or a dict')
-            return cls.arch_settings[arch]
-        keys = {'depths', 'channels', 'expand_ratios', 'head_dim'}
-        if not isinstance(arch, dict) or set(arch) != keys:
-            raise ValueError(f'arch is {arch}; a dict has exactly the keys {sorted(keys)}')
-        for key in ('depths', 'channels', 'expand_ratios'):
-            if len(arch[key]) != 4 or min(arch[key]) <= 0:
-                raise ValueError(f'arch[{key!r}] is {arch[key]}; give four positive values, one a stage')
-        for channels, ratio, attends in zip(arch['channels'], arch['expand_ratios'], STAGE_ATTENDS):
-            heads, rest = divmod(channels, max(arch['head_dim'], 1))
-            if attends and (arch['head_dim'] < 1 or rest or int(channels * ratio) % heads):
-                raise ValueError(
-                    f'a stage of {channels} channels and expand ratio {ratio} does not divide into '
-                    f"heads of {arch['head_dim']}; change arch['channels'], ['expand_ratios'] or ['head_dim']"
-                )
-        return arch
+        if deploy:
+            self.eval().switch_to_deploy()
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """The maps that :meth:`forward` returns, as timm describes them.
+        """The feature maps that :meth:`forward` returns, as timm describes them.
 
         A dict for each of ``out_indices``: ``num_chs`` channels, ``reduction`` (stride in pixels), and
         ``module``, the name of the stage.
@@ -358,49 +252,25 @@ class EMOv2(BaseModule):
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the maps of an image.
-
-        Args:
-            x: Images of shape (B, in_channels, H, W), of any size.
+        """Compute the feature maps of images (B, in_channels, H, W), of any size.
 
         Returns:
-            For each of ``out_indices`` a map of shape (B, channels, ceil(H / stride), ceil(W / stride)),
-            contiguous.
+            For each of ``out_indices`` (B, channels, ceil(H / stride), ceil(W / stride)), contiguous.
 
         Raises:
             ValueError: If ``x`` is not a batch of images.
         """
         if x.ndim != 4:
             raise ValueError(f'images have the shape {tuple(x.shape)}; give (B, C, H, W)')
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        infers = infers_on_cpu(x) and need_not_be_called(parts_of(self.stem, self.stages), self._structure)
-        stages = infer(self, x) if infers else self._stages(x)
+        x = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+        x = self.stem(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         outs = []
-        for i, x in enumerate(stages):
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
             if i in self.out_indices:
-                last = self.norm is not None and i == len(self.stages) - 1
-                out = (self.norm(x) if last else x).permute(0, 3, 1, 2)
-                out = out.contiguous()  # or mmcv's RoIAlign silently reads other numbers
-                if infers and out.is_inference() and not torch.is_inference_mode_enabled():
-                    out = out.clone()  # or what follows could not train
-                outs.append(out)
+                out = self.norm(x) if self.norm is not None and i == len(self.stages) - 1 else x
+                outs.append(out.permute(0, 3, 1, 2).contiguous())  # mmcv's RoIAlign ignores strides
         return tuple(outs)
-
-    def _stages(self, x: Tensor) -> Iterator[Tensor]:
-        x = channels_first(self.stem, x)
-        for stage in self.stages:
-            for block in stage:
-                x = self._recomputed(block, x) if self.with_cp and self.training else block(x)
-            yield x
-
-    @staticmethod
-    def _recomputed(block: I2RMB, x: Tensor) -> Tensor:
-        return checkpoint(
-            block,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _frozen_statistics(block)),
-        )
 
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says; a ``Pretrained`` one must provide every weight.
@@ -410,28 +280,25 @@ class EMOv2(BaseModule):
         """
         cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
         pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
-        if not pretrained:
-            super().init_weights()
-            return
         for cfg in pretrained:
             if not cfg.get('checkpoint'):
                 raise ValueError(f'init_cfg is {cfg}; name the file with checkpoint=FILE')
             load_backbone_weights(self, cfg['checkpoint'])
-        self._is_init = True
+        if pretrained:
+            self._is_init = True
+        else:
+            super().init_weights()
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Say how deep a parameter lies, which MMPretrain asks to decay the learning rate by layer.
+        """Layer index of a parameter, and their number, for MMPretrain's layer-wise learning-rate decay.
+
+        0 is the stem, each block is one more, and the last is the final norm and all outside the backbone.
 
         Args:
             param_name: Name of the parameter in the whole model.
             prefix: What names of the backbone's parameters begin with there. Defaults to ''.
-
-        Returns:
-            The depth and the number of depths: 0 for the stem, one more for each block, and the last for the
-            final norm and everything outside the backbone.
         """
-        last = sum(len(stage) for stage in self.stages) + 1
-        depth = last
+        depth = last = sum(len(stage) for stage in self.stages) + 1
         if param_name.startswith(f'{prefix}stem.'):
             depth = 0
         elif param_name.startswith(f'{prefix}stages.'):
@@ -442,29 +309,28 @@ class EMOv2(BaseModule):
     def switch_to_deploy(self) -> None:
         """Fold batch norms, layer scale and the stem's last layer into weights next to them, in place.
 
-        The outputs stay the same within rounding. There is no way back: the state dict changes, and the
-        backbone no longer trains. A second call does nothing. On a CPU a copy of the linear layers' weights,
-        in oneDNN's order, is then kept: it follows any change but one in place through ``.data``.
+        The outputs stay the same within rounding. There is no way back: the backbone no longer trains, and
+        its state dict is another one, which a backbone built with ``deploy=True`` loads. A second call does
+        nothing. Linear layers become :class:`emo2_mm.cpu.PackedLinear`, which take their memory twice on a
+        CPU.
 
         Raises:
-            RuntimeError: If the backbone is in training mode, or a batch norm has no running statistics.
+            RuntimeError: In training mode, or if a part cannot be folded; the message names it.
         """
         if self.deployed:
             return
         if self.training:
             raise RuntimeError('switch_to_deploy() folds what inference computes; call eval() first')
-        fold_following_norm(self.stem.conv, self.stem.norm)
-        fold_following_norm(self.stem.depthwise, self.stem.depthwise_norm)
-        self.stem.norm = self.stem.depthwise_norm = nn.Identity()
-        for block in chain(*self.stages):
-            block.fold()
-        # the first block has no residual: nothing but its linear layer follows the stem's
-        expand, project = self.stages[0][0].expand.linear, self.stem.project
-        expand.weight.data = expand.weight.data @ project.weight.data[:, :, 0, 0]
-        self.stem.project = nn.Identity()
+        fold_network(self.stem, self.stages)
+        cpu.pack_linear_layers(self.stages)
         self.requires_grad_(False).eval()
         self.deployed = True
-        self._structure = structure(parts_of(self.stem, self.stages))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        mismatch = folding_mismatch(state_dict, prefix, self.deployed)
+        if mismatch:
+            raise RuntimeError(mismatch)  # with strict=False it would be a warning
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _freeze(self) -> None:
         if self.frozen_stages >= 0:
@@ -472,7 +338,7 @@ class EMOv2(BaseModule):
                 module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EMOv2:
-        """Set the training mode, but for frozen stages and, with ``norm_eval``, batch norms.
+        """Set training mode; frozen stages, and batch norms if ``norm_eval``, stay in eval mode.
 
         Raises:
             RuntimeError: If ``mode`` is True after :meth:`switch_to_deploy`.

@@ -1,4 +1,4 @@
-"""Isolate tests from each other: threads, MMEngine's global state, thresholds of the fast paths."""
+"""Isolate tests from each other: threads, MMEngine's global state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.runner import CheckpointLoader  # noqa: E402
 
-from emo2_mm import inference  # noqa: E402
-
 
 @pytest.fixture(autouse=True, scope='module')
 def no_default_scope() -> None:
@@ -31,9 +29,3 @@ def restore_mmengine() -> Iterator[None]:
     yield
     CheckpointLoader._schemes = schemes
     MMLogger.get_current_instance().setLevel(level)
-
-
-@pytest.fixture(autouse=True)
-def no_map_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms are folded as inference goes, as with maps that would take long to test."""
-    monkeypatch.setattr(inference, 'FOLDS_FROM', 0)

@@ -1,51 +1,93 @@
-"""Linear layers of a deployed network as oneDNN computes them on a CPU, with weights that are ordered once.
-
-``torch.nn.functional.linear`` orders a weight anew in each pass, for the cache, and writes the bias into the
-result before it adds the product. Here the product comes with its bias, and with its GELU.
-"""
+"""Linear layers of a deployed network, whose weights oneDNN orders once instead of in each forward pass."""
 
 from __future__ import annotations
 
+from typing import Any, Callable, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # torch's own compiler calls these operators; not every build of torch has them
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-ROWS = 49  # of a map, that a weight is ordered for: the order for few serves for many, but not the reverse
+BATCH_HINT = 49  # rows oneDNN packs for; a layout for few rows also works well for many
+SAMPLES = 64  # elements compared to notice changes that torch does not track
 
 
-class Packed:
-    """The weight of a linear layer as oneDNN orders it: made when asked for, and anew after a change."""
+class _Packed(NamedTuple):
+    """A packed weight, and what the weight was that it was made of."""
 
-    def __init__(self) -> None:
-        self.made: tuple[Tensor | int | None, ...] = (None,) * 4
-
-    def weight_of(self, layer: nn.Linear) -> Tensor:
-        weight = layer.weight
-        of, version, address, packed = self.made  # read at once: another thread may write it
-        if of is not weight or version != weight._version or address != weight.data_ptr():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-            self.made = weight, weight._version, weight.data_ptr(), packed
-        return packed
-
-    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
-        return Packed, ()  # copies and files hold the layer's own weight
+    weight: Tensor
+    version: int
+    address: int
+    sample: Tensor  # a view
+    values: Tensor  # its elements at that time
+    packed: Tensor
 
 
-def packed_weight(layer: nn.Linear) -> Tensor | None:
-    """The weight of a layer as oneDNN orders it, which is kept beside the layer's own.
+class PackedLinear(nn.Linear):
+    """:class:`torch.nn.Linear` that also keeps its weight in oneDNN's own order, for inference on a CPU.
 
-    None if it is not in float32, or of those that do not tell when they change: torch's inference tensors.
+    State dict, parameters and results are those of the linear layer. The packed weight is made when it is
+    first needed, and again after the weight has changed: by ``load_state_dict``, in place, or as another
+    tensor. Torch does not track changes in place through ``.data`` or a NumPy array: they are noticed if
+    they change any of 64 elements that are spread over the weight. Copies and files do not hold the packed
+    weight.
     """
-    if layer.weight.dtype != torch.float32 or layer.weight.is_inference():
-        return None
-    if 'packed' not in layer.__dict__:
-        layer.packed = Packed()
-    return layer.packed.weight_of(layer)
+
+    _packed: _Packed | None = None
+
+    def packed_weight(self) -> Tensor | None:
+        """The packed weight, up to date, or None where the plain one has to do.
+
+        That is so without oneDNN, in other types than float32, and for tensors made in
+        :func:`torch.inference_mode`, whose changes torch does not track.
+        """
+        weight = self.weight
+        if not HAS_ONEDNN or not torch._C._get_mkldnn_enabled():
+            return None
+        if weight.dtype is not torch.float32 or weight.is_inference() or not weight.is_contiguous():
+            return None
+        made = self._packed  # read once: another thread may replace it
+        if (
+            made is None
+            or made.weight is not weight
+            or made.version != weight._version
+            or made.address != weight.data_ptr()
+            or not torch.equal(made.sample, made.values)
+        ):
+            made = self._packed = _pack(weight)
+        return made.packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PackedLinear:
+        self._packed = None
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != '_packed'}
 
 
-def linear(layer: nn.Linear, weight: Tensor, x: Tensor, gelu: bool = False) -> Tensor:
-    """Compute ``layer(x)`` with its packed weight and, if asked for, the exact GELU of it."""
-    bias = None if layer.bias is None else layer.bias.contiguous()  # or oneDNN would read other numbers
+def _pack(weight: Tensor) -> _Packed:
+    sample = weight.detach().view(-1)[:: weight.numel() // SAMPLES + 1]  # + 1: from many columns
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, BATCH_HINT)
+    return _Packed(weight, weight._version, weight.data_ptr(), sample, sample.clone(), packed)
+
+
+def linear(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
+    """Compute ``layer(x)`` and, with ``gelu``, the exact GELU of it, by the packed weight if there is one."""
+    packed = layer.packed_weight() if type(layer) is PackedLinear else None
+    if packed is None:
+        y = layer(x)
+        return F.gelu(y) if gelu else y
+    bias = layer.bias
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN ignores strides
     act, algorithm = ('gelu', 'none') if gelu else ('none', '')
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, act, [], algorithm)
+
+
+def pack_linear_layers(module: nn.Module) -> None:
+    """Turn each :class:`torch.nn.Linear` in ``module``, no subclass of it, into a :class:`PackedLinear`."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = PackedLinear  # hooks and whatever else was attached stay
