@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import GELU, Conv2d, Identity, LayerNorm, Linear, Module, Sequential, SiLU, SyncBatchNorm
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -81,10 +82,10 @@ def is_attention(module: nn.Module) -> bool:
 
 def _functions() -> tuple[Any, ...]:
     return (
-        nn.Module.__call__, nn.Sequential.forward, nn.Identity.forward, nn.Linear.forward,
-        nn.Conv2d.forward, nn.Conv2d._conv_forward, _BatchNorm.forward, nn.SyncBatchNorm.forward,
-        nn.LayerNorm.forward, nn.SiLU.forward, nn.GELU.forward, F.linear, F.conv2d, F.batch_norm,
-        F.layer_norm, F.silu, F.gelu, F.pad, F.scaled_dot_product_attention,
+        Module.__call__, Sequential.forward, Identity.forward, Linear.forward, Conv2d.forward,
+        Conv2d._conv_forward, _BatchNorm.forward, SyncBatchNorm.forward, LayerNorm.forward, SiLU.forward,
+        GELU.forward, F.linear, F.conv2d, F.batch_norm, F.layer_norm, F.silu, F.gelu, F.pad,
+        F.scaled_dot_product_attention,
     )  # fmt: skip
 
 
@@ -94,15 +95,20 @@ _FUNCTIONS = _functions()
 _TENSORS = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _AUTOCAST_INPUTS = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_LINEAR = frozenset((nn.Linear, PackedLinear))
-# An instance's own attribute of such a name replaces what its class or ``register_parameter`` has
+
+# Classes of parts, and how many attributes an instance has. One more may hide what its class or
+# ``register_parameter`` gives it, as one with these names does
 _OVERRIDES = frozenset(
     ('forward', '_call_impl', '_wrapped_call_impl', '_compiled_call_impl', '_slow_forward', '_conv_forward')
     + ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked', '_check_input_dim')
 )
-_WEIGHT_AND_BIAS = frozenset(('weight', 'bias'))
-_STATISTICS = frozenset(('running_mean', 'running_var', 'num_batches_tracked'))
-_ONE_PIXEL = ((1, 1), (0, 0))  # stride, padding
+_IDENTITY = {Identity: len(vars(Identity()))}
+_SEQUENTIAL = {Sequential: len(vars(Sequential()))}
+_LINEAR = {Linear: len(vars(Linear(1, 1))), PackedLinear: len(vars(PackedLinear(1, 1)))}
+_CONV = {Conv2d: len(vars(Conv2d(1, 1, 1)))}
+_LAYER_NORM = {LayerNorm: len(vars(LayerNorm(1)))}
+_SILU = {SiLU: len(vars(SiLU()))}
+_GELU = {GELU: len(vars(GELU()))}
 # Names of attributes that a class of batch norms may add without computing anything else
 _HARMLESS = frozenset(
     ('_check_input_dim', '__module__', '__qualname__', '__doc__', '__annotations__', '__parameters__')
@@ -184,90 +190,87 @@ def _why_not_stem(stem: nn.Module, x: Tensor) -> str | None:
     conv, norm, act = modules['conv'], modules['norm'], modules['act']
     depthwise, project = modules['depthwise'], modules['project']
     depthwise_norm, depthwise_act = modules['depthwise_norm'], modules['depthwise_act']
-    deployed = type(project) is nn.Identity
+    if not vars(stem).keys().isdisjoint(modules):
+        return 'an attribute of the stem hides one of its parts'
     trains = needs_gradients(stem, x)
     reason = (
-        _why_not_conv('conv', conv, x, trains, 3, 2)
-        or _why_not_norm('norm', norm, x, trains)
-        or _why_not_act('act', act, silu=True)
-        or _why_not_conv('depthwise', depthwise, x, trains, 3, 1, depthwise=True)
-        or _why_not_norm('depthwise_norm', depthwise_norm, x, trains)
-        or _why_not_act('depthwise_act', depthwise_act, silu=True)
-        or (
-            _why_not_part('project', project)
-            if deployed
-            else _why_not_conv('project', project, x, trains, 1, 1)
-        )
-    )
-    if reason is None and trains and depthwise._parameters['bias'] is not None:
-        reason = 'depthwise has a bias and gradients are needed'
-    return reason or _why_not_autocast(trains) or _why_not_hidden('the stem', stem.__dict__)
-
-
-def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
-    modules = block._modules
-    norm, expand, depthwise = modules['norm'], modules['expand'], modules['depthwise']
-    depthwise_norm, depthwise_act = modules['depthwise_norm'], modules['depthwise_act']
-    project, drop_path = modules['project'], modules['drop_path']
-    parts = expand._modules if isinstance(expand, nn.Module) else {}
-    attends = type(expand) is _Classes.attention
-    trains = needs_gradients(block, x)
-    if attends:
-        reason = _why_not_attention(expand, parts, x, trains)
-    else:
-        reason = _why_not_expand(expand, parts, x, trains)
-    reason = (
-        reason
-        or _why_not_norm('norm', norm, x, trains, layer_norm=True)
-        or _why_not_conv('depthwise', depthwise, x, trains, 5, None, depthwise=True)
-        or _why_not_norm('depthwise_norm', depthwise_norm, x, trains)
-        or _why_not_act('depthwise_act', depthwise_act, silu=True)
-        or _why_not_linear('project', project, x, trains)
-        or _why_not_part('drop_path', drop_path, _Classes.drop_path)
-        or _why_not_autocast(trains)
-        or _why_not_hidden('the block', block.__dict__)
+        _why_not_conv('conv', conv, x, trains, 3)
+        or _why_not_norm('norm', norm, trains)
+        or _why_not_part('act', act, _SILU)
+        or _why_not_conv('depthwise', depthwise, x, trains, 3, depthwise=True)
+        or _why_not_norm('depthwise_norm', depthwise_norm, trains)
+        or _why_not_part('depthwise_act', depthwise_act, _SILU)
     )
     if reason is not None:
         return reason
-    state = block.__dict__
-    if state['residual'] and depthwise.__dict__['stride'] != (1, 1):
+    if type(project) is Identity:
+        reason = _why_not_part('project', project, _IDENTITY)
+    else:
+        reason = _why_not_conv('project', project, x, trains, 1)
+        if reason is None and vars(project)['stride'] != (1, 1):
+            return 'project has a stride'
+    if reason is not None:
+        return reason
+    if vars(conv)['stride'] != (2, 2) or vars(depthwise)['stride'] != (1, 1):
+        return 'conv or depthwise has another stride'
+    if not trains:
+        return 'autocast is active and no gradients are needed' if is_autocast() else None
+    return (
+        'depthwise has a bias and gradients are needed' if depthwise._parameters['bias'] is not None else None
+    )
+
+
+def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
+    state, modules = vars(block), block._modules
+    norm, expand, depthwise = modules['norm'], modules['expand'], modules['depthwise']
+    depthwise_norm, depthwise_act = modules['depthwise_norm'], modules['depthwise_act']
+    project, drop_path = modules['project'], modules['drop_path']
+    if not state.keys().isdisjoint(modules) or 'layer_scale' in state:
+        return 'an attribute of the block hides one of its parts'
+    trains = needs_gradients(block, x)
+    expands = _why_not_attention if type(expand) is _Classes.attention else _why_not_expand
+    reason = (
+        expands(expand, x, trains)
+        or _why_not_norm('norm', norm, trains, layer_norm=True)
+        or _why_not_conv('depthwise', depthwise, x, trains, 5, depthwise=True)
+        or _why_not_norm('depthwise_norm', depthwise_norm, trains)
+        or _why_not_part('depthwise_act', depthwise_act, _SILU)
+        or _why_not_linear('project', project, x, trains)
+        or _why_not_part('drop_path', drop_path, {_Classes.drop_path: None})
+    )
+    if reason is not None:
+        return reason
+    if state['residual'] and vars(depthwise)['stride'] != (1, 1):
         return 'the block has a residual and a stride'
     scale = state['_parameters']['layer_scale']
-    if scale is not None and (type(scale) not in _TENSORS or scale.ndim > 1 or not scale.is_cpu):
-        return 'layer_scale is no vector on the CPU'
+    if scale is not None and (type(scale) not in _TENSORS or scale.ndim > 1):
+        return 'layer_scale is no vector'
     if not trains:
-        dropping = drop_path.__dict__
-        return 'drop_path drops' if dropping['training'] and dropping['rate'] else None
-    if type(depthwise_norm) is nn.Identity:
+        dropping = vars(drop_path)
+        if dropping['training'] and dropping['rate']:
+            return 'drop_path drops'
+        return 'autocast is active and no gradients are needed' if is_autocast() else None
+    if type(depthwise_norm) is Identity:
         return 'it is deployed and gradients are needed'
     if depthwise._parameters['bias'] is not None or project._parameters['bias'] is not None:
         return 'depthwise or project has a bias and gradients are needed'
     return None
 
 
-def _why_not_autocast(trains: bool) -> str | None:
-    return None if trains or not is_autocast() else 'autocast is active and no gradients are needed'
+def _why_not_part(name: str, part: nn.Module, classes: dict[type, int | None]) -> str | None:
+    """Why this is no instance of one of some classes, or one that is hooked or overridden.
 
-
-def _why_not_part(name: str, part: nn.Module, cls: type = nn.Identity, parts: int = 0) -> str | None:
-    """Why this is not just an instance of a class, with so many parts and no parameters."""
-    if type(part) is not cls:
-        return f'{name} is a {type(part).__name__}'
+    Args:
+        name: What to call it.
+        part: The part.
+        classes: Classes, and how many attributes an instance has unless something was attached to it.
+    """
     state = part.__dict__
-    if state['_parameters'] or state['_buffers'] or len(state['_modules']) != parts:
-        return f'{name} has more parts or parameters'
-    return _why_not_called(name, state) or (_why_not_hidden(name, state) if parts else None)
-
-
-def _why_not_hidden(name: str, state: dict[str, Any]) -> str | None:
-    """Why an attribute of an instance hides one of its parts or parameters, or None if none does."""
-    if state.keys().isdisjoint(state['_modules']) and state.keys().isdisjoint(state['_parameters']):
-        return None
-    return f'an attribute of {name} hides one of its parts'
-
-
-def _why_not_called(name: str, state: dict[str, Any]) -> str | None:
-    """Why a part has to be called."""
+    if classes.get(type(part)) != len(state):
+        if type(part) not in classes:
+            return f'{name} is a {type(part).__name__}'
+        if not state.keys().isdisjoint(_OVERRIDES) or not state.keys().isdisjoint(state['_modules']):
+            return f'{name} has an own forward function or weight'
     if (
         state['_forward_hooks']
         or state['_forward_pre_hooks']
@@ -275,65 +278,42 @@ def _why_not_called(name: str, state: dict[str, Any]) -> str | None:
         or state['_backward_pre_hooks']
     ):
         return f'{name} has hooks'
-    if not state.keys().isdisjoint(_OVERRIDES):
-        return f'{name} has an own forward function or weight'
     return None
 
 
-def _why_not_act(name: str, act: nn.Module, silu: bool) -> str | None:
-    if type(act) is nn.GELU and not silu:
-        if act.__dict__['approximate'] != 'none':
-            return f'{name} is an approximate GELU'
-        return _why_not_part(name, act, nn.GELU)
-    return _why_not_part(name, act, nn.SiLU)
-
-
 def _why_not_weights(name: str, layer: nn.Module, x: Tensor, trains: bool) -> str | None:
-    """Why a linear layer or convolution has other parameters than a weight and a bias of the input's type."""
-    state = layer.__dict__
-    parameters = state['_parameters']
-    if parameters.keys() != _WEIGHT_AND_BIAS or state['_buffers'] or state['_modules']:
-        return f'{name} has more than a weight and a bias'
+    """Why a linear layer or convolution has not the parameters that the input takes."""
+    parameters = layer._parameters
     weight, bias = parameters['weight'], parameters['bias']
-    for p in (weight,) if bias is None else (weight, bias):
-        if type(p) not in _TENSORS or not p.is_cpu or p.layout is not torch.strided:
-            return f'a parameter of {name} is a {type(p).__name__}, on another device or sparse'
-        if p.dtype is not x.dtype and not (
-            trains and p.dtype is torch.float32 and x.dtype in _AUTOCAST_INPUTS and is_autocast()
-        ):
-            return f'{name} is in {p.dtype}, the input in {x.dtype}'
-    return _why_not_called(name, state)
+    if type(weight) not in _TENSORS or (bias is not None and type(bias) not in _TENSORS):
+        return f'{name} has a {type(weight).__name__} for a weight or a {type(bias).__name__} for a bias'
+    if weight.dtype is not x.dtype and not (
+        trains and weight.dtype is torch.float32 and x.dtype in _AUTOCAST_INPUTS and is_autocast()
+    ):
+        return f'{name} is in {weight.dtype}, the input in {x.dtype}'
+    if trains and not (weight.is_cpu and weight.layout is torch.strided):
+        return f'the weight of {name} is sparse or on another device'
+    return None
 
 
 def _why_not_linear(name: str, layer: nn.Module, x: Tensor, trains: bool) -> str | None:
-    if type(layer) not in _LINEAR:
-        return f'{name} is a {type(layer).__name__}'
-    return _why_not_weights(name, layer, x, trains)
+    return _why_not_part(name, layer, _LINEAR) or _why_not_weights(name, layer, x, trains)
 
 
 def _why_not_conv(
-    name: str,
-    conv: nn.Module,
-    x: Tensor,
-    trains: bool,
-    kernel: int,
-    stride: int | None,
-    depthwise: bool = False,
+    name: str, conv: nn.Module, x: Tensor, trains: bool, kernel: int, depthwise: bool = False
 ) -> str | None:
-    """Why this is no convolution with "same" padding; a stride of None is 1 or 2."""
-    if type(conv) is not nn.Conv2d:
-        return f'{name} is a {type(conv).__name__}'
-    reason = _why_not_weights(name, conv, x, trains)
+    """Why this is no convolution with "same" padding and a stride of 1 or 2."""
+    reason = _why_not_part(name, conv, _CONV) or _why_not_weights(name, conv, x, trains)
     if reason is not None:
         return reason
-    state = conv.__dict__
-    given, half = state['stride'], kernel // 2
-    if given != (1, 1) and given != (2, 2) or stride is not None and given[0] != stride:
-        return f'{name} has the stride {given}'
+    state, half = conv.__dict__, kernel // 2
+    if state['stride'] != (1, 1) and state['stride'] != (2, 2):
+        return f'{name} has the stride {state["stride"]}'
     if state['padding'] != (half, half) or state['dilation'] != (1, 1) or state['padding_mode'] != 'zeros':
         return f'{name} has another padding or dilation'
     shape = state['_parameters']['weight'].shape
-    if len(shape) != 4 or shape[2] != kernel or shape[3] != kernel:
+    if shape[2:] != (kernel, kernel):
         return f'{name} has a weight of shape {tuple(shape)}'
     if depthwise and (shape[1] != 1 or state['groups'] != shape[0]):
         return f'{name} is not depth-wise'
@@ -343,71 +323,70 @@ def _why_not_conv(
 @lru_cache(maxsize=64)
 def _is_plain_batch_norm(cls: type) -> bool:
     """Whether a class is one of torch's batch norms, or adds but a check of the input, as MMEngine's."""
-    if cls is nn.SyncBatchNorm or not issubclass(cls, _BatchNorm):
-        return cls is nn.SyncBatchNorm
+    if cls is SyncBatchNorm or not issubclass(cls, _BatchNorm):
+        return cls is SyncBatchNorm
     own = cls.__mro__[: cls.__mro__.index(_BatchNorm)]
     return all(vars(base).keys() <= _HARMLESS for base in own)
 
 
-def _why_not_norm(
-    name: str, norm: nn.Module, x: Tensor, trains: bool, layer_norm: bool = False
-) -> str | None:
+def _why_not_norm(name: str, norm: nn.Module, trains: bool, layer_norm: bool = False) -> str | None:
     cls = type(norm)
-    if cls is nn.Identity:
-        return _why_not_part(name, norm)
+    if cls is Identity:
+        return _why_not_part(name, norm, _IDENTITY)
     state = norm.__dict__
-    if cls is nn.LayerNorm and layer_norm:
+    if cls is LayerNorm and layer_norm:
         if len(state['normalized_shape']) != 1:
-            return f'{name} normalises more than the channels'
-        buffers = frozenset()
-    elif _is_plain_batch_norm(cls):
-        buffers = _STATISTICS
-        if cls.forward is not _BatchNorm.forward and (cls is not nn.SyncBatchNorm or state['training']):
-            return f'{name} is a {cls.__name__} in training mode'
-    else:
+            return f'{name} normalizes more than the channels'
+        return _why_not_part(name, norm, _LAYER_NORM)
+    if not _is_plain_batch_norm(cls):
         return f'{name} is a {cls.__name__}'
-    if state['_parameters'].keys() != _WEIGHT_AND_BIAS or state['_buffers'].keys() != buffers:
-        return f'{name} has other parameters or statistics'
-    for tensors in (state['_parameters'], state['_buffers']):
-        for tensor in tensors.values():
-            if tensor is not None and (type(tensor) not in _TENSORS or not tensor.is_cpu):
-                return f'a tensor of {name} is a {type(tensor).__name__} or on another device'
-    if buffers:
-        mean, var = state['_buffers']['running_mean'], state['_buffers']['running_var']
-        if (mean is None) != (var is None):
-            return f'{name} has half of its statistics'
-        if not trains and (state['training'] or mean is None):
-            return f'{name} depends on the batch'
-    return _why_not_called(name, state)
+    mean, var = state['_buffers']['running_mean'], state['_buffers']['running_var']
+    if (mean is None) != (var is None):
+        return f'{name} has half of its statistics'
+    if not trains and (state['training'] or mean is None):
+        return f'{name} depends on the batch'
+    if trains:
+        if cls.forward is not _BatchNorm.forward and (cls is not SyncBatchNorm or state['training']):
+            return f'{name} is a {cls.__name__} in training mode'
+        for tensor in (mean, var, *state['_parameters'].values()):
+            if tensor is not None and type(tensor) not in _TENSORS:
+                return f'{name} has a {type(tensor).__name__}'
+    return _why_not_part(name, norm, {cls: None})
 
 
-def _why_not_expand(expand: nn.Module, parts: dict[str, Any], x: Tensor, trains: bool) -> str | None:
-    if list(parts) != ['linear', 'act']:
+def _why_not_expand(expand: nn.Module, x: Tensor, trains: bool) -> str | None:
+    if type(expand) is not Sequential or [*expand._modules] != ['linear', 'act']:
         return 'expand is no linear layer and an activation'
+    linear, act = expand._modules.values()
     return (
-        _why_not_part('expand', expand, nn.Sequential, 2)
-        or _why_not_linear('expand.linear', parts['linear'], x, trains)
-        or _why_not_act('expand.act', parts['act'], silu=False)
+        _why_not_part('expand', expand, _SEQUENTIAL)
+        or _why_not_linear('expand.linear', linear, x, trains)
+        or (_why_not_gelu(act) if type(act) is GELU else _why_not_part('expand.act', act, _SILU))
     )
 
 
-def _why_not_attention(expand: nn.Module, parts: dict[str, Any], x: Tensor, trains: bool) -> str | None:
-    qk, v, act = parts['qk'], parts['v'], parts['act']
+def _why_not_attention(expand: nn.Module, x: Tensor, trains: bool) -> str | None:
+    modules, state = expand._modules, expand.__dict__
+    qk, v = modules['qk'], modules['v']
     reason = (
-        _why_not_part('expand', expand, _Classes.attention, 3)
+        _why_not_part('expand', expand, {_Classes.attention: None})
         or _why_not_linear('expand.qk', qk, x, trains)
         or _why_not_linear('expand.v', v, x, trains)
-        or _why_not_act('expand.act', act, silu=False)
+        or _why_not_gelu(modules['act'])
     )
     if reason is not None:
         return reason
-    if type(act) is not nn.GELU:
-        return 'expand.act is no GELU'
-    if qk._parameters['bias'] is None or v._parameters['bias'] is None:
+    qk, v, heads, size = qk._parameters, v._parameters, state['heads'], state['window_size']
+    if qk['bias'] is None or v['bias'] is None:
         return 'expand.qk or expand.v has no bias'
-    heads, size = expand.__dict__['heads'], expand.__dict__['window_size']
     if type(heads) is not int or type(size) is not int or heads < 1 or size < 1:
         return f'expand has {heads} heads and windows of {size}'
-    if qk._parameters['weight'].shape[0] % (2 * heads) or v._parameters['weight'].shape[0] % heads:
+    if qk['bias'].numel() % (2 * heads) or v['bias'].numel() % heads:
         return f'channels do not divide into {heads} heads'
     return None
+
+
+def _why_not_gelu(act: nn.Module) -> str | None:
+    if type(act) is GELU and act.__dict__['approximate'] != 'none':
+        return 'expand.act is an approximate GELU'
+    return _why_not_part('expand.act', act, _GELU)

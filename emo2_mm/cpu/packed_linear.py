@@ -35,7 +35,9 @@ class PackedLinear(nn.Linear):
     weight.
     """
 
-    _packed: _Packed | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packed: _Packed | None = None
 
     def packed_weight(self) -> Tensor | None:
         """The packed weight, up to date, or None where the plain one has to do.
@@ -64,7 +66,7 @@ class PackedLinear(nn.Linear):
         return super()._apply(fn, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != '_packed'}
+        return {**super().__getstate__(), '_packed': None}
 
 
 def _pack(weight: Tensor) -> _Packed:
@@ -90,4 +92,5 @@ def pack_linear_layers(module: nn.Module) -> None:
     """Turn each :class:`torch.nn.Linear` in ``module``, no subclass of it, into a :class:`PackedLinear`."""
     for part in module.modules():
         if type(part) is nn.Linear:
-            part.__class__ = PackedLinear  # hooks and whatever else was attached stay
+            part.__class__ = PackedLinear  # in place: what was attached to it stays
+            part._packed = None
