@@ -17,7 +17,9 @@ from .eligibility import observed
 
 def needs_plain_backward(grad: Tensor) -> bool:
     """Whether a backward pass has to consist of torch's public operations: it is recorded or transformed."""
-    return torch.is_grad_enabled() or observed(grad) is not None
+    if torch.is_grad_enabled() or observed(grad) is not None:
+        return True
+    return 'Batched' in str(torch._C._dispatch_keys(grad))  # by torch.autograd.grad(is_grads_batched=True)
 
 
 def plain_backward(
