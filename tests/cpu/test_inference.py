@@ -9,6 +9,9 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from emo2_mm.depthwise import DepthwiseConv2d
+from emo2_mm.inference import Inference, by_strips, convolve
+from emo2_mm.inplace import SiLU, add
 from mmengine.model import revert_sync_batchnorm
 from test_emov2 import tiny
 from torch import Tensor, nn
@@ -16,9 +19,6 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from emo2_mm import EMOv2, inference
-from emo2_mm.depthwise import DepthwiseConv2d
-from emo2_mm.inference import Inference, by_strips, convolve
-from emo2_mm.inplace import SiLU, add
 
 
 def cache_of(rows: int, row_numel: int, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,12 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from emo2_mm.packed import HAS_ONEDNN, linear, packed_weight
 from test_emov2 import relative, tiny
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from emo2_mm import EMOv2, inference, packed
-from emo2_mm.packed import HAS_ONEDNN, linear, packed_weight
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason='this torch has no oneDNN, or hides it')
 

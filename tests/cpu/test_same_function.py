@@ -53,9 +53,7 @@ def test_change(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     ours, theirs = (run((name,), mode, fast) for fast in (True, False))
     assert_close(ours, theirs)
-    assert len(calls.modules) <= BLOCKS - (
-        name not in FAST
-    )  # or the fast path follows more than is said
+    assert len(calls.modules) <= BLOCKS - (name not in FAST)  # or the fast path follows more than is said
     if mode == 'training':
         before = unchanged((), mode, False)
         same = before.keys() == theirs.keys() and all(

@@ -1,4 +1,4 @@
-"""The depth-wise convolution is torch's, in its gradients too; so is what is computed together with it."""
+"""The depth-wise convolution and the fused end of a block: torch's functions, in their gradients too."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.networks import relative
 from torch import Tensor, nn
 
-from emo2_mm.depthwise import DepthwiseConv2d, mix_and_project
-from emo2_mm.inplace import SiLU
+from emo2_mm.cpu.depthwise_conv import trainable_depthwise_conv
+from emo2_mm.cpu.training import fused_tail
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -20,58 +21,42 @@ def test_output_and_gradients_equal_those_of_conv2d(
     kernel: int, h: int, w: int, stride: int, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
-    conv = DepthwiseConv2d(6, kernel, stride).double()
     x = torch.randn(2, 6, h, w, dtype=torch.double).contiguous(memory_format=layout)
-    weight = conv.weight.detach().clone().requires_grad_()
-    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y1 = conv(x1)
-    y2 = F.conv2d(x2, weight, None, stride, kernel // 2, groups=6)
-    grad = torch.randn_like(y2)
-    y1.backward(grad)
-    y2.backward(grad)
-    torch.testing.assert_close(y1, y2, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(conv.weight.grad, weight.grad, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(6, 1, kernel, kernel, dtype=torch.double)
+    found = []
+    for ours in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        if ours:
+            y = trainable_depthwise_conv(*leaves, stride)
+        else:
+            y = F.conv2d(*leaves, None, stride, kernel // 2, groups=6)
+        grad = torch.randn(y.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        found.append((y, *torch.autograd.grad(y, leaves, grad)))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('frozen', ['input', 'weight'])
 def test_gradient_of_only_one_side(frozen: str) -> None:
     torch.manual_seed(0)
-    conv = DepthwiseConv2d(4, 5)
     x = torch.randn(1, 4, 8, 8, requires_grad=frozen != 'input')
-    conv.weight.requires_grad_(frozen != 'weight')
-    conv(x).sum().backward()
+    weight = torch.randn(4, 1, 5, 5, requires_grad=frozen != 'weight')
+    trainable_depthwise_conv(x, weight, 1).sum().backward()
     assert (x.grad is None) == (frozen == 'input')
-    assert (conv.weight.grad is None) == (frozen == 'weight')
+    assert (weight.grad is None) == (frozen == 'weight')
 
 
 def test_mixed_precision_gives_gradients_in_the_dtype_of_the_leaves() -> None:
     torch.manual_seed(0)
-    conv = DepthwiseConv2d(8, 5, stride=2)
-    x = torch.randn(2, 8, 10, 10, requires_grad=True)
+    x, weight = torch.randn(2, 8, 10, 10, requires_grad=True), torch.randn(8, 1, 5, 5, requires_grad=True)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        y = conv(x)
+        y = trainable_depthwise_conv(x, weight, 2)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert x.grad.dtype == conv.weight.grad.dtype == torch.float32
-    x2 = x.detach().clone().requires_grad_()
-    F.conv2d(x2, conv.weight.detach(), None, 2, 2, groups=8).sum().backward()
-    torch.testing.assert_close(x.grad, x2.grad, rtol=2e-2, atol=2e-2)
-
-
-def test_a_model_with_gradients_can_be_traced() -> None:
-    """As the FLOPs counters of the code bases do."""
-    conv, x = DepthwiseConv2d(4, 5), torch.randn(1, 4, 8, 8, requires_grad=True)
-    assert torch.equal(torch.jit.trace(conv, x)(x), conv(x))
-
-
-def test_a_compiled_graph_holds_the_plain_convolution() -> None:
-    torch.manual_seed(0)
-    conv, x = DepthwiseConv2d(4, 5), torch.randn(1, 4, 8, 8, requires_grad=True)
-    y = torch.compile(conv, backend='eager', fullgraph=True)(x)
-    assert torch.equal(y, conv(x))
-    assert 'Convolution' in type(y.grad_fn).__name__
-    assert 'ForwardKernelsOnly' in type(conv(x).grad_fn).__name__
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+    expected = torch.autograd.grad(F.conv2d(x, weight, None, 2, 2, groups=8).sum(), [x, weight])
+    for ours, theirs in zip((x.grad, weight.grad), expected):
+        assert relative(ours, theirs) < 2e-2
 
 
 NORMS = {
@@ -87,8 +72,8 @@ class Parts:
 
     def __init__(self, act: str, stride: int, training: bool = True, **norm: Any) -> None:
         torch.manual_seed(0)
-        self.act = {'SiLU': SiLU, 'GELU': nn.GELU, 'Identity': nn.Identity}[act]()
-        self.depthwise = DepthwiseConv2d(6, 5, stride)
+        self.act = {'SiLU': nn.SiLU, 'GELU': nn.GELU, 'Identity': nn.Identity}[act]()
+        self.depthwise = nn.Conv2d(6, 6, 5, stride, padding=2, groups=6, bias=False)
         self.norm = nn.BatchNorm2d(6, 1e-6, **norm).train(training)
         self.project = nn.Linear(6, 4, bias=False)
         if self.norm.affine:
@@ -104,8 +89,9 @@ class Parts:
     def leaves(self) -> dict[str, Tensor]:
         return dict(self.modules.named_parameters(), x=self.x)
 
-    def together(self) -> Tensor:
-        return mix_and_project(self.x, self.act, self.depthwise, self.norm, self.project)
+    def fused(self) -> Tensor:
+        residual = self.depthwise.stride == (1, 1)
+        return fused_tail(self.x, type(self.act), self.depthwise, self.norm, self.project, residual)
 
     def step_by_step(self) -> Tensor:
         e = self.act(self.x).permute(0, 3, 1, 2)
@@ -125,7 +111,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-class TestMixAndProject:
+class TestFusedTail:
     @pytest.mark.parametrize('training', [True, False])
     @pytest.mark.parametrize('norm', NORMS)
     @pytest.mark.parametrize('stride', [1, 2])
@@ -133,7 +119,7 @@ class TestMixAndProject:
     def test_equals_the_steps(self, act: str, stride: int, norm: str, training: bool) -> None:
         one, other = (Parts(act, stride, training, **NORMS[norm]) for _ in range(2))
         for _ in range(2):  # statistics move
-            y, expected = one.together(), other.step_by_step()
+            y, expected = one.fused(), other.step_by_step()
             torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
             assert_same(gradients(y, one.leaves), gradients(expected, other.leaves))
             assert_same(dict(one.norm.named_buffers()), dict(other.norm.named_buffers()))
@@ -152,19 +138,19 @@ class TestMixAndProject:
         }
         for name, leaf in parts.leaves.items():
             leaf.requires_grad_(name in asked)
-        assert_same(gradients(parts.together(), asked), {name: expected[name] for name in asked})
+        assert_same(gradients(parts.fused(), asked), {name: expected[name] for name in asked})
 
     def test_keeps_two_wide_maps(self) -> None:
         parts = Parts('SiLU', 1)
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-            parts.together()
+            parts.fused()
         weights = sum(p.numel() for p in parts.modules.parameters())
         assert sum(t.numel() for t in kept) == 2 * parts.x.numel() + weights
 
     def test_backward_pass_may_run_twice(self) -> None:
         parts = Parts('SiLU', 1)
-        y = parts.together()
+        y = parts.fused()
         first = gradients(y, parts.leaves, retain_graph=True)
         for name, second in gradients(y, parts.leaves).items():
             assert torch.equal(first[name], second)
@@ -175,21 +161,15 @@ class TestMixAndProject:
         parts = Parts(act, 1)
         expected = gradients(parts.step_by_step(), parts.leaves)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
-            y = parts.together()
+            y = parts.fused()
         assert_same(gradients(y, parts.leaves), expected)
 
     @pytest.mark.parametrize('training', [True, False])
     def test_mode_counts_at_the_forward_pass(self, training: bool) -> None:
         parts = Parts('SiLU', 1, training)
-        y, expected = parts.together(), parts.step_by_step()
+        y, expected = parts.fused(), parts.step_by_step()
         parts.norm.train(not training)
         assert_same(gradients(y, parts.leaves), gradients(expected, parts.leaves))
-
-    def test_second_derivatives_are_refused(self) -> None:
-        parts = Parts('GELU', 1)
-        (grad,) = torch.autograd.grad(parts.together().square().sum(), parts.x, create_graph=True)
-        with pytest.raises(RuntimeError, match='once_differentiable'):
-            grad.sum().backward()
 
     @pytest.mark.parametrize('stride', [1, 2])
     @pytest.mark.parametrize('training', [True, False])
@@ -200,7 +180,7 @@ class TestMixAndProject:
         parts.modules.float()
         parts.x = parts.x.detach().bfloat16().requires_grad_()
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            y = parts.together()
+            y = parts.fused()
         assert y.dtype == torch.bfloat16
         assert ((y - exact).norm() / exact.norm()).item() < 2e-2
         grad = torch.randn(y.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.attention import naive_attention
 
-from emo2_mm.attention import SEWMHSA, add_windows, split_windows
-
-
-def naive_attention(module: SEWMHSA, x: Tensor) -> Tensor:
-    """SEW-MHSA of one image (H, W, C), one window and one head at a time."""
-    h, w, c = x.shape
-    size, heads = module.window_size, module.heads
-    n1, n2 = -(-h // size), -(-w // size)
-    padded = x.new_zeros(n1 * size, n2 * size, c)
-    padded[:h, :w] = x
-    q, k = (padded @ module.qk.weight.T + module.qk.bias).split(c, dim=-1)
-    v = torch.nn.functional.gelu(padded @ module.v.weight.T + module.v.bias)
-    d, dv = c // heads, v.shape[-1] // heads
-    out = torch.zeros_like(v)
-    for i in range(n1):
-        for j in range(n2):
-            neighbour = [(i * size + a, j * size + b) for a in range(size) for b in range(size)]
-            distant = [(a * n1 + i, b * n2 + j) for a in range(size) for b in range(size)]
-            for tokens in (neighbour, distant):
-                rows, columns = zip(*tokens)
-                for head in range(heads):
-                    qs = q[rows, columns, head * d : (head + 1) * d]
-                    ks = k[rows, columns, head * d : (head + 1) * d]
-                    vs = v[rows, columns, head * dv : (head + 1) * dv]
-                    attention = (qs @ ks.T * d**-0.5).softmax(-1)
-                    out[rows, columns, head * dv : (head + 1) * dv] += attention @ vs
-    return out[:h, :w]
+from emo2_mm.attention import (
+    SEWMHSA,
+    add_windows,
+    grid_partition,
+    grid_reverse,
+    split_windows,
+    window_partition,
+    window_reverse,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +40,12 @@ def test_neighbour_windows_hold_adjacent_tokens_and_distant_ones_strided_tokens(
     assert torch.equal(distant[3], strided + 6 + 1)
 
 
-def test_putting_windows_back_gives_twice_the_map() -> None:
+def test_reverse_undoes_partition() -> None:
     x = torch.randn(2, 6, 9, 8)
+    for partition, reverse in ((window_partition, window_reverse), (grid_partition, grid_reverse)):
+        windows = partition(x, size=3, heads=4)
+        assert windows.shape == (2, 2, 3, 4, 3, 3, 2)
+        assert torch.equal(reverse(windows), x)
     windows = split_windows(x, size=3, heads=4)
     assert windows.shape == (2 * 2 * 2 * 3, 4, 9, 2)
     assert torch.equal(add_windows(windows, 3, 2, 3), 2 * x)

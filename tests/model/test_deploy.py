@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emo2_mm.deploy import fold_following_norm, fold_preceding_norm, scale_and_shift
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from test_emov2 import TINY, relative, tiny, visible
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from emo2_mm import EMOv2
-from emo2_mm.deploy import fold_following_norm, fold_preceding_norm, scale_and_shift
 
 
 def deploy(model: EMOv2) -> EMOv2:
