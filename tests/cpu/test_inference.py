@@ -1,31 +1,34 @@
-"""What inference on a CPU does in another way: it calls no modules, takes strips, and overwrites maps."""
+"""Inference on a CPU: strips of rows, and operations in place."""
 
 from __future__ import annotations
 
 import pickle
+import re
 from copy import deepcopy
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
-from emo2_mm.depthwise import DepthwiseConv2d
-from emo2_mm.inference import Inference, by_strips, convolve
-from emo2_mm.inplace import SiLU, add
-from mmengine.model import revert_sync_batchnorm
-from test_emov2 import tiny
+from helpers.networks import deployed, tiny
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
-from emo2_mm import EMOv2, inference
+from emo2_mm import EMOv2, cpu
+from emo2_mm.cpu import inference, row_strips
+from emo2_mm.cpu.row_strips import by_strips
+
+
+@pytest.fixture(autouse=True)
+def _enabled() -> Iterator[None]:
+    yield
+    cpu.enable(True)
 
 
 def cache_of(rows: int, row_numel: int, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let so many rows fit the cache."""
-    monkeypatch.setattr(
-        inference, 'CACHE', -(-rows * row_numel * x.element_size() // torch.get_num_threads())
-    )
+    bytes_of_all = rows * row_numel * x.element_size()
+    monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', -(-bytes_of_all // torch.get_num_threads()))
 
 
 class Spy:
@@ -42,15 +45,11 @@ class Spy:
 
 def parts() -> dict[str, tuple[Callable[[Tensor], Tensor], int, int, int, int]]:
     """What goes by strips: the function, its channels, stride, halo, and what one pixel becomes at most."""
-    model = tiny().double().eval()
-    deployed = deepcopy(model)
-    deployed.switch_to_deploy()
     found = {}
-    run = Inference(packs=False)
-    for name, m in (('', model), ('deployed ', deployed)):
-        found[f'{name}stem'] = partial(run.stem, stem=m.stem), 3, 2, 4, 4
-        found[f'{name}first'] = partial(run.block, block=m.stages[0][0]), 4, 2, 2, 16
-        found[f'{name}second'] = partial(run.block, block=m.stages[1][1]), 12, 1, 2, 30
+    for name, m in (('', tiny().double().eval()), ('deployed ', deployed().double())):
+        found[f'{name}stem'] = partial(inference._stem, m.stem), 3, 2, 4, 4
+        found[f'{name}first'] = partial(inference._block, m.stages[0][0]), 4, 2, 2, 16
+        found[f'{name}second'] = partial(inference._block, m.stages[1][1]), 12, 1, 2, 30
     return found
 
 
@@ -96,184 +95,24 @@ class TestStrips:
     @torch.no_grad()
     def test_grow_with_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spy, x = Spy(lambda x: x), torch.rand(8, 10, 2, 1)
-        monkeypatch.setattr(inference, 'CACHE', 10 * 2 * 4)
+        monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', 10 * 2 * 4)
         monkeypatch.setattr('torch.get_num_threads', lambda: 4)
         by_strips(spy, x, 1, 2, 2)
         assert spy.shapes == [(4, 10)] * 2
 
     @pytest.mark.parametrize('size', [(61, 40), (33, 7), (1, 1), (130, 50)])
-    @pytest.mark.parametrize('deployed', [False, True])
+    @pytest.mark.parametrize('build', [tiny, deployed], ids=['eager', 'deployed'])
     @torch.no_grad()
     def test_of_a_whole_network(
-        self, deployed: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+        self, build: Callable[[], EMOv2], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, x = tiny().double().eval(), torch.rand(3, 3, *size, dtype=torch.double)
-        if deployed:
-            model.switch_to_deploy()
-        monkeypatch.setattr(inference, 'CACHE', 1 << 40)
+        model, x = build().double().eval(), torch.rand(3, 3, *size, dtype=torch.double)
+        monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', 1 << 40)
         whole = model(x)
         for cache in (1, 1 << 12, 1 << 15):
-            monkeypatch.setattr(inference, 'CACHE', cache)
+            monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', cache)
             for a, b in zip(model(x), whole):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-
-
-class TestConvolve:
-    @staticmethod
-    def norm(**kwargs: Any) -> nn.BatchNorm2d:
-        norm = nn.BatchNorm2d(6, **kwargs).double().eval()
-        for tensor in norm.state_dict().values():
-            if tensor.is_floating_point():
-                nn.init.uniform_(tensor, 0.5, 1.5)
-        return norm
-
-    @pytest.mark.parametrize(
-        'conv',
-        [
-            nn.Conv2d(6, 6, 3, 2, padding=1),
-            nn.Conv2d(6, 6, 3, padding=2, dilation=2, padding_mode='reflect'),
-            DepthwiseConv2d(6, 5),
-        ],
-        ids=['strided', 'dilated', 'depthwise'],
-    )
-    @pytest.mark.parametrize('norm', ['affine', 'plain', 'none'])
-    @pytest.mark.parametrize('large', [0, 1 << 40])
-    @torch.no_grad()
-    def test_equals_one_after_the_other(
-        self, large: int, norm: str, conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        torch.manual_seed(0)
-        monkeypatch.setattr(inference, 'FOLDS_FROM', large)
-        norm = nn.Identity() if norm == 'none' else self.norm(affine=norm == 'affine')
-        x = torch.randn(2, 7, 8, 6, dtype=torch.double)
-        before, y = x.clone(), convolve(x, conv.double(), norm)
-        expected = nn.functional.silu(norm(conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        assert torch.equal(x, before)
-
-    @torch.no_grad()
-    def test_folds_the_norm_of_a_large_map(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Folding costs more than the norm of a small one."""
-        x, folded, fold = torch.randn(2, 7, 8, 6, dtype=torch.double), [], inference.with_following_norm
-        monkeypatch.setattr(inference, 'with_following_norm', lambda *a: (folded.append(1), fold(*a))[1])
-        for large, calls in ((x.numel() + 1, 0), (x.numel(), 1)):
-            monkeypatch.setattr(inference, 'FOLDS_FROM', large)
-            convolve(x, DepthwiseConv2d(6, 5).double(), self.norm())
-            assert len(folded) == calls
-
-
-class Doubled(nn.Conv2d):
-    """Stands where a convolution stood, and computes something else."""
-
-    def __init__(self) -> None:
-        super().__init__(30, 30, 5, padding=2, groups=30, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class NormAndReLU(nn.BatchNorm2d):
-    """As timm has it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).relu()
-
-
-def replace(model: EMOv2, name: str, part: nn.Module) -> None:
-    """Put ``part`` in the place of another, with its weights."""
-    parent, _, child = name.rpartition('.')
-    part.load_state_dict(model.get_submodule(name).state_dict())
-    setattr(model.get_submodule(parent), name.split('.')[-1], part.double().eval())
-
-
-def set_own_forward(module: nn.Module) -> None:
-    forward = module.forward
-    module.forward = lambda x: 2 * forward(x)
-
-
-def dilate(block: nn.Module) -> None:
-    """As segmentors do to see more at a higher resolution."""
-    block.depthwise.dilation, block.depthwise.padding = (2, 2), (4, 4)
-
-
-def forget_statistics(norm: nn.Module) -> None:
-    norm.running_mean = norm.running_var = None
-
-
-BLOCK, ATTENTION = 'stages.1.1', 'stages.2.1.expand'
-# What is changed, and whether the modules have to be called for it
-CHANGES: dict[str, tuple[Callable[[EMOv2], Any], bool]] = {
-    'nothing': (lambda m: None, False),
-    'weights': (lambda m: m.stages[2][1].project.weight.mul_(2), False),
-    'a hook': (lambda m: m.stages[1][1].depthwise.register_forward_hook(lambda m, a, y: 2 * y), True),
-    'a hook before': (lambda m: m.stages[3].register_forward_pre_hook(lambda m, a: None), True),
-    'a forward function': (lambda m: set_own_forward(m.get_submodule(ATTENTION)), True),
-    'a convolution': (
-        lambda m: replace(m, f'{BLOCK}.depthwise', Doubled()),
-        True,
-    ),
-    'an activation': (lambda m: replace(m, f'{BLOCK}.depthwise_act', nn.GELU()), True),
-    'GELU': (lambda m: setattr(m.get_submodule(ATTENTION).act, 'approximate', 'tanh'), True),
-    'another norm': (lambda m: replace(m, f'{BLOCK}.depthwise_norm', NormAndReLU(30)), True),
-    'SyncBN': (lambda m: replace(m, f'{BLOCK}.depthwise_norm', nn.SyncBatchNorm(30, eps=1e-6)), False),
-    'dilation': (lambda m: dilate(m.stages[1][1]), True),
-    'the mode of a norm': (lambda m: m.stages[1][1].depthwise_norm.train(), True),
-    'statistics': (lambda m: forget_statistics(m.stages[1][1].norm), True),
-    'a block': (lambda m: m.stages[1].append(nn.Tanh()), True),
-    'no activation': (lambda m: setattr(m.stages[2][0].expand, 'act', nn.Identity()), True),
-}
-
-
-class TestModulesThatAreNotCalled:
-    @pytest.mark.parametrize('change', CHANGES)
-    @torch.no_grad()
-    def test_change(self, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It counts, whichever way it is computed."""
-        model, x = tiny().double().eval(), torch.rand(2, 3, 50, 41, dtype=torch.double)
-        function, needs_calls = CHANGES[change]
-        before, used, infer = model(x), [], inference.infer
-        monkeypatch.setattr('emo2_mm.emov2.infer', lambda *a: (used.append(1), infer(*a))[1])
-        function(model)
-        twin = deepcopy(model)
-        maps = model(x)
-        assert bool(used) != needs_calls
-        monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
-        for a, b in zip(maps, twin(x)):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-        same = all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(maps, before))
-        assert same == (change in ('nothing', 'a hook before', 'SyncBN'))
-
-    @torch.no_grad()
-    def test_hooks_of_all_modules_are_called(self) -> None:
-        model, called = tiny().eval(), []
-        handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: called.append(m))
-        try:
-            model(torch.rand(1, 3, 32, 32))
-        finally:
-            handle.remove()
-        assert model.stages[2][1].expand.qk in called
-
-    @torch.no_grad()
-    def test_of_a_subclass_with_parts_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Own(EMOv2):
-            def __init__(self) -> None:
-                super().__init__('1m')
-                self.more = nn.Linear(2, 2)
-
-        used, infer = [], inference.infer
-        monkeypatch.setattr('emo2_mm.emov2.infer', lambda *a: (used.append(1), infer(*a))[1])
-        Own().eval()(torch.rand(1, 3, 32, 32))
-        assert used
-
-    @torch.no_grad()
-    def test_norms_that_mmengine_reverts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As inference of segmentors on a CPU does."""
-        model, x = tiny(norm_cfg=dict(type='SyncBN')).eval(), torch.rand(1, 3, 32, 32)
-        expected, used, infer = model(x), [], inference.infer
-        monkeypatch.setattr('emo2_mm.emov2.infer', lambda *a: (used.append(1), infer(*a))[1])
-        for a, b in zip(revert_sync_batchnorm(model)(x), expected):
-            torch.testing.assert_close(a, b)
-        assert used
 
 
 class TestStatisticsOfTheBatch:
@@ -281,7 +120,7 @@ class TestStatisticsOfTheBatch:
 
     @pytest.fixture(autouse=True)
     def _small_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(inference, 'CACHE', 1 << 12)
+        monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', 1 << 12)
 
     @pytest.mark.parametrize('kwargs', [{}, dict(frozen_stages=1), dict(norm_eval=True)])
     def test_training_mode_without_gradients(self, kwargs: dict[str, Any]) -> None:
@@ -303,50 +142,23 @@ class TestStatisticsOfTheBatch:
         for a, b in zip(maps, model(x)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
-    def test_a_block_recomputed_by_others(self) -> None:
-        """A re-entrant checkpoint runs its forward pass in training mode, without gradients."""
-        blocks = [tiny().train().stages[0][0] for _ in range(2)]
-        x = torch.rand(2, 48, 32, 4, requires_grad=True)
-        expected, y = blocks[0](x), checkpoint(blocks[1], x, use_reentrant=True)
-        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-        assert blocks[0].norm.num_batches_tracked == blocks[1].norm.num_batches_tracked == 1
-
 
 class TestOverwriting:
-    def test_silu_overwrites_what_needs_no_gradient(self) -> None:
-        x = torch.randn(3, 4)
-        expected = nn.functional.silu(x)
-        y = SiLU()(x)
-        assert y is x
-        assert torch.equal(y, expected)
-        x = torch.randn(3, 4, requires_grad=True)
-        before = x.detach().clone()
-        assert SiLU()(x) is not x
-        assert torch.equal(x, before)
-
-    @pytest.mark.parametrize(('of_x', 'of_y'), [(False, False), (True, False), (False, True), (True, True)])
-    def test_add_overwrites_what_needs_no_gradient(self, of_x: bool, of_y: bool) -> None:
-        x, y = torch.randn(4, requires_grad=of_x), torch.randn(4, requires_grad=of_y)
-        before, other = x.detach().clone(), y.detach().clone()
-        z = add(x, y)
-        assert torch.equal(z, before + other)
-        assert torch.equal(y, other)
-        assert (z is x) == (not of_x and not of_y)
-        assert z.requires_grad == (of_x or of_y)
-
     @pytest.mark.parametrize('cache', [1, 1 << 40])
-    @pytest.mark.parametrize('plain', [False, True])
+    @pytest.mark.parametrize('fast', [False, True])
     @pytest.mark.parametrize('grad', [False, True])
-    @pytest.mark.parametrize('deployed', [False, True])
+    @pytest.mark.parametrize('build', [tiny, deployed], ids=['eager', 'deployed'])
     def test_images_and_returned_maps_stay(
-        self, deployed: bool, grad: bool, plain: bool, cache: int, monkeypatch: pytest.MonkeyPatch
+        self,
+        build: Callable[..., EMOv2],
+        grad: bool,
+        fast: bool,
+        cache: int,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(inference, 'CACHE', cache)
-        model = tiny(final_norm=True).eval()
-        if deployed:
-            model.switch_to_deploy()
-        if plain:
-            monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
+        monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', cache)
+        model = build(final_norm=True).eval()
+        cpu.enable(fast)
         seen: list[Tensor] = []
         for stage in model.stages:
             stage[-1].register_forward_hook(lambda m, args, y: seen.append(y.clone()))
@@ -366,23 +178,18 @@ class TestOverwriting:
 
 class TestModule:
     def test_copies_and_pickles_compute_the_same(self) -> None:
-        model, x = tiny().eval(), torch.rand(1, 3, 33, 40)
-        deployed = deepcopy(model)
-        deployed.switch_to_deploy()
-        for m in (model, deployed):
+        x = torch.rand(1, 3, 33, 40)
+        for m in (tiny().eval(), deployed()):
+            m(x)
             for other in (deepcopy(m), pickle.loads(pickle.dumps(m))):
-                for a, b in zip(m(x), other(x)):
-                    assert torch.equal(a, b)
-        assert not model.deployed
+                assert all(torch.equal(a, b) for a, b in zip(m(x), other(x)))
 
-    @pytest.mark.parametrize('deployed', [False, True])
+    @pytest.mark.parametrize('build', [tiny, deployed], ids=['eager', 'deployed'])
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     @torch.no_grad()
-    def test_narrow_weights(self, dtype: torch.dtype, deployed: bool) -> None:
-        model, x = tiny().eval(), torch.rand(2, 3, 50, 41)
+    def test_narrow_weights(self, dtype: torch.dtype, build: Callable[[], EMOv2]) -> None:
+        model, x = build().eval(), torch.rand(2, 3, 50, 41)
         expected = model(x)
-        if deployed:
-            model.switch_to_deploy()
         try:
             nn.Conv2d(1, 1, 1).to(dtype)(torch.rand(1, 1, 1, 1, dtype=dtype))
         except RuntimeError:
@@ -407,24 +214,38 @@ class TestModule:
             assert a.dtype == torch.bfloat16
             assert ((a.float() - b).norm() / b.norm()).item() < 3e-2
 
+    @pytest.mark.parametrize('kind', ['forward', 'pre', 'backward'])
     @pytest.mark.parametrize('mode', ['training', 'gradients', 'inference'])
-    def test_hooks_see_what_is_computed(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of every module, as explanations, distillation, pruning and spectral norm rely on."""
-        monkeypatch.setattr(inference, 'CACHE', 1 << 12)
-        model, x = tiny(final_norm=True).train(mode == 'training'), torch.rand(2, 3, 64, 64)
-        seen: dict[str, list[tuple[int, ...]]] = {}
-        for name, module in model.named_modules():
-            if name and name.count('.') != 1 and not isinstance(module, nn.ModuleList):
-                module.register_forward_hook(
-                    lambda m, args, y, name=name: seen.setdefault(name, []).append(tuple(y.shape))
-                )
-        asked = {name for name, m in model.named_modules() if m._forward_hooks}
-        asked -= {f'stages.{i}.0.drop_path' for i in range(4)}  # a block without a residual drops nothing
-        with torch.set_grad_enabled(mode != 'inference'):
-            model(x)
-        assert sorted(asked - set(seen)) == []
-        assert {name: shapes for name, shapes in seen.items() if len(shapes) > 1} == {}  # no strips
-        assert seen['stages.1.1.depthwise'] == [(2, 30, 8, 8)]
+    def test_hooks_on_every_name_run_once(
+        self, mode: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As explanations, distillation and pruning rely on; those of ``feature_info``, too."""
+        monkeypatch.setattr(row_strips, 'BYTES_PER_THREAD', 1 << 12)
+        if (kind, mode) == ('backward', 'inference'):
+            pytest.skip('there is no backward pass')
+        for one_by_one in (False, True):
+            model, x = tiny(final_norm=True).train(mode == 'training'), torch.rand(2, 3, 64, 64)
+            names = [n for n, m in model.named_modules() if not isinstance(m, nn.ModuleList)]
+            names = [n for n in names if not re.match(r'stages.\d.0.drop_path', n)]  # no residual
+            seen: list[str] = []
+            for hooked in [[name] for name in names] if one_by_one else [names]:
+                handles = [self.hook(model.get_submodule(name), kind, name, seen) for name in hooked]
+                with torch.set_grad_enabled(mode != 'inference'):
+                    maps = model(x.requires_grad_(kind == 'backward'))
+                if kind == 'backward':
+                    sum(m.sum() for m in maps).backward()
+                for handle in handles:
+                    handle.remove()
+            assert sorted(seen) == sorted(names)
+
+    @staticmethod
+    def hook(module: nn.Module, kind: str, name: str, seen: list[str]) -> Any:
+        register = {
+            'forward': module.register_forward_hook,
+            'pre': module.register_forward_pre_hook,
+            'backward': module.register_full_backward_hook,
+        }[kind]
+        return register(lambda *args: seen.append(name))
 
     def test_a_weight_that_a_hook_computes(self) -> None:
         """Two steps of training: the hook has to compute it each time."""
@@ -453,7 +274,7 @@ class TestModule:
     @pytest.mark.parametrize('final_norm', [False, True])
     @pytest.mark.parametrize('size', [(1, 1), (33, 40)])
     def test_what_follows_may_train(self, size: tuple[int, int], final_norm: bool) -> None:
-        """On maps of a backbone that does not: they are no inference tensors, which refuse that."""
+        """On feature maps of a backbone that does not."""
         model = tiny(final_norm=final_norm).eval()
         with torch.no_grad():
             maps = model(torch.rand(2, 3, *size))
