@@ -103,6 +103,7 @@ def _check_network(stem: nn.Module, stages: nn.Module) -> None:
         raise RuntimeError(f'stem.project is {project}: only a 1x1 convolution without a bias can be folded')
     if stages[0][0].residual:
         raise RuntimeError('stages.0.0 has a residual: the last layer of the stem cannot be folded into it')
+    _check_foldable('stages.0.0.norm', stages[0][0].norm, _BatchNorm)
     for i, j, block in ((i, j, block) for i, stage in enumerate(stages) for j, block in enumerate(stage)):
         name = f'stages.{i}.{j}'
         _check_foldable(f'{name}.depthwise', block.depthwise, nn.Conv2d)

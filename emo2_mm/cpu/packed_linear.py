@@ -11,7 +11,6 @@ from torch import Tensor, nn
 # torch's own compiler calls these operators; not every build of torch has them
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 BATCH_HINT = 49  # rows oneDNN packs for; a layout for few rows also works well for many
-SAMPLES = 64  # elements compared to notice changes that torch does not track
 
 
 class _Packed(NamedTuple):
@@ -30,9 +29,9 @@ class PackedLinear(nn.Linear):
 
     State dict, parameters and results are those of the linear layer. The packed weight is made when it is
     first needed, and again after the weight has changed: by ``load_state_dict``, in place, or as another
-    tensor. Torch does not track changes in place through ``.data`` or a NumPy array: they are noticed if
-    they change any of 64 elements that are spread over the weight. Copies and files do not hold the packed
-    weight.
+    tensor. Torch does not track changes in place through ``.data`` or a NumPy array: they are noticed in
+    what is compared, a diagonal of the weight, which has elements of all rows and columns. Copies and files
+    hold no packed weight.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +69,8 @@ class PackedLinear(nn.Linear):
 
 
 def _pack(weight: Tensor) -> _Packed:
-    sample = weight.detach().view(-1)[:: weight.numel() // SAMPLES + 1]  # + 1: from many columns
+    diagonals = max(min(weight.shape) - 1, 1)  # a step that comes by all rows and columns
+    sample = weight.detach().view(-1)[::diagonals]
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, BATCH_HINT)
     return _Packed(weight, weight._version, weight.data_ptr(), sample, sample.clone(), packed)
 

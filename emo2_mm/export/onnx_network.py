@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import SEWMHSA
+from ..cpu.window_attention import is_one_window
 from ..emov2 import I2RMB, EMOv2
-from ..ragged import is_one_window
 
 OPSET = 17  # the newest that torch 2.1 writes; it has LayerNormalization
 

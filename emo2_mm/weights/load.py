@@ -15,6 +15,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ..fold import folding_mismatch
 from .read import read_checkpoint
 
 Weights = Dict[str, Tensor]
@@ -121,6 +122,9 @@ def match_weights(weights: Weights, model: nn.Module) -> Weights:
     Raises:
         ValueError: If a weight is missing, unexpected or of another shape; the message lists them.
     """
+    mismatch = folding_mismatch(weights, '', getattr(model, 'deployed', False))
+    if mismatch:
+        raise ValueError(mismatch)
     own = model.state_dict()
     matched, missing, misshaped = {}, [], []
     for name, target in own.items():

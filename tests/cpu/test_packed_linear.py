@@ -118,6 +118,21 @@ CHANGES: dict[str, Callable[[nn.Linear, nn.Linear], Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    'shape', [(640, 160), (160, 640), (320, 160), (48, 24), (1, 7), (7, 1), (2, 2)], ids=str
+)
+@torch.no_grad()
+def test_each_row_and_column_is_compared(shape: tuple[int, int]) -> None:
+    own = PackedLinear(*shape[::-1])
+    own.packed_weight()
+    places = torch.zeros(shape).flatten()
+    places[:: own._packed.sample.stride(0)] = 1
+    assert len(own._packed.sample) == places.sum()
+    places = places.view(shape)
+    assert places.any(0).all()
+    assert places.any(1).all()
+
+
 class TestWeights:
     @torch.no_grad()
     def test_are_packed_once(self, packed: list[Tensor]) -> None:

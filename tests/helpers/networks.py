@@ -95,13 +95,13 @@ def results(model: EMOv2, x: Tensor, mode: str, steps: int = 1) -> dict[str, Ten
     Args:
         model: In whatever mode a change left its parts; it is not switched here.
         x: Images.
-        mode: 'inference' (no gradients), 'gradients' or 'training'.
+        mode: 'inference' (no gradients), 'gradients' (also of the image) or 'training'.
         steps: Forward and backward passes.
     """
     for step in range(steps):
         torch.manual_seed(step)  # of drop path
         model.zero_grad()
-        x = x.detach().clone().requires_grad_(mode != 'inference')
+        x = x.detach().clone().requires_grad_(mode == 'gradients')
         with torch.set_grad_enabled(mode != 'inference'):
             maps = model(x)
         if mode != 'inference':

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 import torch
-from emo2_mm.deploy import fold_following_norm, fold_preceding_norm, scale_and_shift
+from helpers.networks import TINY, relative, tiny, visible
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from test_emov2 import TINY, relative, tiny, visible
+from mmengine.runner import load_checkpoint
 from helpers.tiny import DETECTOR, ROOT, write_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations, prune
 
-from emo2_mm import EMOv2
+from emo2_mm import EMOv2, cpu
+from emo2_mm.fold import fuse_bn_linear, fuse_conv_bn, scale_and_shift
 
 
 def deploy(model: EMOv2) -> EMOv2:
@@ -36,12 +38,14 @@ def assert_same(model: EMOv2, deployed: EMOv2, x: Tensor, limit: float = 1e-5) -
 
 class TestOutputs:
     @pytest.mark.parametrize('size', [(1, 1), (7, 64), (33, 70), (200, 96)])
-    @pytest.mark.parametrize('plain', [False, True])
-    def test_any_size(self, size: tuple[int, int], plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        if plain:
-            monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
+    @pytest.mark.parametrize('fast', [False, True])
+    def test_any_size(self, size: tuple[int, int], fast: bool) -> None:
         model = tiny().eval()
-        assert_same(model, deploy(model), torch.rand(2, 3, *size))
+        cpu.enable(fast)
+        try:
+            assert_same(model, deploy(model), torch.rand(2, 3, *size))
+        finally:
+            cpu.enable(True)
 
     @pytest.mark.parametrize(
         'kwargs',
@@ -202,16 +206,109 @@ class TestModes:
         assert before.keys() == model.state_dict().keys()
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
-    def test_weights_pass_from_one_to_another(self) -> None:
-        model, other = deploy(tiny().eval()), deploy(tiny(seed=1).eval())
+    @torch.no_grad()
+    def test_state_dict_of_a_deployed_one_is_loaded(self) -> None:
+        model, other = deploy(tiny().eval()), EMOv2(TINY, window_size=3, deploy=True)
         x = torch.rand(1, 3, 40, 33)
-        assert not torch.equal(model(x)[0], other(x)[0])
+        other(x)
+        assert other.deployed
+        assert not other.training
         other.load_state_dict(model.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(model(x), other(x)))
+        with pytest.raises(RuntimeError, match='no batch norms left to train'):
+            other.train()
 
-    def test_trained_weights_do_not_fit(self) -> None:
-        with pytest.raises(RuntimeError, match='depthwise.bias'):
-            deploy(tiny().eval()).load_state_dict(tiny().state_dict())
+    @pytest.mark.parametrize('strict', [True, False])
+    @pytest.mark.parametrize('wrapped', [True, False])
+    def test_weights_of_the_other_kind_are_named(self, wrapped: bool, strict: bool) -> None:
+        training, deployed = tiny().eval(), deploy(tiny().eval())
+        if wrapped:
+            training, deployed = (nn.ModuleDict(dict(backbone=m)) for m in (training, deployed))
+        before = {name: t.clone() for name, t in training.state_dict().items()}
+        with pytest.raises(RuntimeError, match='are deployed ones.*build it with deploy=True'):
+            training.load_state_dict(deployed.state_dict(), strict=strict)
+        with pytest.raises(RuntimeError, match='are those of training.*this EMOv2 is deployed'):
+            deployed.load_state_dict(training.state_dict(), strict=strict)
+        assert all(torch.equal(t, before[name]) for name, t in training.state_dict().items())
+
+    @pytest.mark.parametrize('kind', ['bare', 'checkpoint'])
+    def test_mmengine_does_not_load_the_other_kind(self, kind: str, tmp_path: Path) -> None:
+        """Its own loading only warns of names that do not fit."""
+        state_dict = {f'backbone.{name}': t for name, t in deploy(tiny().eval()).state_dict().items()}
+        file = tmp_path / 'deployed.pth'
+        torch.save(dict(state_dict=state_dict) if kind == 'checkpoint' else state_dict, file)
+        with pytest.raises(RuntimeError, match='build it with deploy=True'):
+            load_checkpoint(nn.ModuleDict(dict(backbone=tiny())), str(file), map_location='cpu')
+        model = nn.ModuleDict(dict(backbone=EMOv2(TINY, window_size=3, deploy=True)))
+        load_checkpoint(model, str(file), map_location='cpu')
+        assert all(torch.equal(t, state_dict[name]) for name, t in model.state_dict().items())
+
+    def test_pretrained(self, tmp_path: Path) -> None:
+        file, source = tmp_path / 'deployed.pth', deploy(tiny().eval())
+        torch.save(source.state_dict(), file)
+        init_cfg = dict(type='Pretrained', checkpoint=str(file))
+        model = EMOv2(TINY, window_size=3, deploy=True, init_cfg=init_cfg)
+        model.init_weights()
+        assert all(torch.equal(t, source.state_dict()[name]) for name, t in model.state_dict().items())
+        with pytest.raises(ValueError, match='build it with deploy=True'):
+            EMOv2(TINY, init_cfg=init_cfg).init_weights()
+        torch.save(tiny().state_dict(), file)
+        with pytest.raises(ValueError, match='this EMOv2 is deployed'):
+            model.init_weights()
+
+
+def replaced(name: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[EMOv2], None]:
+    def change(model: EMOv2) -> None:
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, make(model.get_submodule(name)).eval())
+
+    return change
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+UNFOLDABLE: dict[str, Callable[[EMOv2], Any]] = {
+    'stages.1.1.depthwise_norm': replaced('stages.1.1.depthwise_norm', lambda m: NormAndReLU(30)),
+    'stages.2.1.depthwise_norm': replaced('stages.2.1.depthwise_norm', lambda m: nn.GroupNorm(2, 48)),
+    'stages.1.1.norm': lambda m: m.stages[1][1].norm.train(),
+    'stages.3.1.project': replaced('stages.3.1.project', nn.Sequential),
+    'stages.1.0.expand.linear': lambda m: prune.l1_unstructured(m.stages[1][0].expand.linear, 'weight', 0.5),
+    'stages.0.0.depthwise': lambda m: m.stages[0][0].depthwise.register_forward_hook(lambda *args: None),
+    'stem.conv': lambda m: parametrizations.weight_norm(m.stem.conv),
+    'stem.project': replaced('stem.project', lambda m: nn.Conv2d(4, 4, 1)),
+    'stages.0.0': lambda m: setattr(m.stages[0][0], 'residual', True),
+    'stages.0.0.norm': replaced('stages.0.0.norm', lambda m: nn.LayerNorm(4)),
+}
+
+
+@pytest.mark.parametrize('name', UNFOLDABLE)
+def test_what_cannot_be_folded_is_refused(name: str) -> None:
+    """Not dropped silently; and nothing is changed then."""
+    model = tiny().eval()
+    UNFOLDABLE[name](model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f'^{name} (is|has)'):
+        model.switch_to_deploy()
+    assert not model.deployed
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_is_changed_elsewhere_stays() -> None:
+    """Activations, strides, padding and biases do not matter to folding."""
+    model, x = tiny().double().eval(), torch.rand(1, 3, 70, 66, dtype=torch.double)
+    model.stages[1][1].depthwise_act = nn.ReLU()
+    model.stages[2][1].depthwise.padding_mode = 'circular'
+    model.stages[2][1].depthwise._reversed_padding_repeated_twice = [2, 2, 2, 2]
+    model.stages[3][0].depthwise.stride = (1, 1)
+    model.stages[3][1].project = nn.Linear(48, 24).double()
+    model.stages[3][1].expand.act = nn.SiLU()
+    model.stages[1][1].expand.linear.bias = None
+    assert_same(model, deploy(model), x, 1e-12)
 
 
 class TestFolding:
@@ -238,13 +335,14 @@ class TestFolding:
         conv, norm = nn.Conv2d(6, 6, 3, groups=groups, bias=bias).double(), self.norm()
         x = torch.randn(2, 6, 5, 5, dtype=torch.double)
         expected = norm(conv(x))
-        fold_following_norm(conv, norm)
+        fuse_conv_bn(conv, norm)
         torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-12)
 
-    def test_norm_in_front_of_a_linear_layer(self) -> None:
+    @pytest.mark.parametrize('bias', [True, False])
+    def test_norm_in_front_of_a_linear_layer(self, bias: bool) -> None:
         torch.manual_seed(0)
-        linear, norm = nn.Linear(6, 4).double(), self.norm()
+        linear, norm = nn.Linear(6, 4, bias).double(), self.norm()
         x = torch.randn(2, 6, 5, 5, dtype=torch.double)
         expected = linear(norm(x).permute(0, 2, 3, 1))
-        fold_preceding_norm(norm, linear)
+        fuse_bn_linear(norm, linear)
         torch.testing.assert_close(linear(x.permute(0, 2, 3, 1)), expected, rtol=1e-12, atol=1e-12)

@@ -1,88 +1,52 @@
-"""The backbone: exactness on every way through it, shapes, arguments, freezing, recomputation."""
+"""The backbone: agreement with recordings, shapes, arguments, freezing, recomputation."""
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 from typing import Any, Callable, Iterator
 
 import pytest
 import torch
-from helpers.golden import generated_state_dict, golden_cases, normal, relative_error
+from helpers.golden import normal, relative_error
+from helpers.networks import (
+    CASES,
+    TINY,
+    assert_close,
+    deployed,
+    golden_model,
+    logits_of,
+    name_of,
+    relative,
+    results,
+    tiny,
+    visible,
+)
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import emo2_mm
-from emo2_mm import EMOv2
+from emo2_mm import EMOv2, cpu
 from emo2_mm.weights.load import find_state_dict
-
-TINY = dict(
-    depths=(1, 2, 2, 2),
-    channels=(8, 12, 16, 24),
-    expand_ratios=(2, 2.5, 3, 2),
-    head_dim=8,
-)
-CASES = golden_cases()
-
-
-def tiny(seed: int = 0, **kwargs: Any) -> EMOv2:
-    """A small backbone in which every weight and statistic counts: see :func:`visible`."""
-    torch.manual_seed(seed)
-    return visible(EMOv2(TINY, window_size=3, **kwargs))
-
-
-@torch.no_grad()
-def visible(model: EMOv2) -> EMOv2:
-    """Draw what begins as a constant: layer scale, weights, biases and statistics of norms."""
-    for name, p in model.named_parameters():
-        if name.endswith('layer_scale'):
-            nn.init.uniform_(p, 0.3, 0.7)
-        elif 'norm' in name and not name.startswith('norm'):  # the final one, alone, keeps its defaults
-            nn.init.normal_(p, float(name.endswith('weight')), 0.1)
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
-            nn.init.normal_(norm.running_mean, std=0.1)
-            nn.init.uniform_(norm.running_var, 0.8, 1.2)
-    return model
-
-
-def golden_model(case: dict[str, Any]) -> tuple[EMOv2, dict[str, Tensor]]:
-    weights = find_state_dict(generated_state_dict(case['arch'], case['seed']))
-    model = EMOv2(case['arch'], window_size=case['window_size'], final_norm=True)
-    own = model.state_dict()
-    model.load_state_dict({name: weights[name].reshape(own[name].shape) for name in own})
-    return model.eval(), weights
-
-
-def logits_of(model: EMOv2, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    return model(x)[-1].mean((2, 3)) @ weights['head.fc.weight'].T + weights['head.fc.bias']
-
-
-def name_of(case: dict[str, Any]) -> str:
-    return f'{case["arch"]}-{case["size"][0]}x{case["size"][1]}'
+from emo2_mm.layers import DropPath
 
 
 @pytest.fixture
-def plain_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it to take, on the CPU of the tests, the way of GPUs, of compiled and of recorded networks."""
-    return lambda: monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+def modules_only() -> Iterator[Callable[[], None]]:
+    """Call it to compute, on the CPU of the tests, what GPUs, compiled and traced networks do."""
+    yield lambda: cpu.enable(False)
+    cpu.enable(True)
 
 
 def compiled(model: EMOv2, backend: str | None) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return torch.compile(model, backend=backend, fullgraph=True) if backend else model
 
 
-def check_outputs(case: dict[str, Any], way: str, backend: str | None = None) -> None:
+def check_outputs(case: dict[str, Any], path: str, backend: str | None = None) -> None:
     model, weights = golden_model(case)
     x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
     with torch.no_grad():
         stem = model.stem(x)
-        if 'deployed' in way:
+        if 'deployed' in path:
             model.switch_to_deploy()
         logits = logits_of(compiled(model, backend), weights, x)
         model.norm = None  # recorded without it
@@ -93,9 +57,9 @@ def check_outputs(case: dict[str, Any], way: str, backend: str | None = None) ->
         assert relative_error(maps[i], record) < 1e-5
 
 
-def check_gradients(case: dict[str, Any], way: str, backend: str | None = None) -> None:
+def check_gradients(case: dict[str, Any], path: str, backend: str | None = None) -> None:
     model, weights = golden_model(case)
-    if 'deployed' in way:
+    if 'deployed' in path:
         model.switch_to_deploy()
     weights['head.fc.bias'].requires_grad_()
     x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
@@ -103,7 +67,7 @@ def check_gradients(case: dict[str, Any], way: str, backend: str | None = None) 
     assert relative_error(logits, case['logits']) < 1e-5
     logits.backward(normal(logits.shape, case['seed'] + 2))
     assert relative_error(x.grad, case['input_grad']) < 1e-4
-    if 'deployed' in way:
+    if 'deployed' in path:
         return  # its parameters are others, and fixed
     own = dict(model.named_parameters(), **{'head.fc.bias': weights['head.fc.bias']})
     for published, record in case['param_grad'].items():
@@ -115,26 +79,26 @@ SMALLEST = min(CASES, key=lambda case: case['size'])
 TRAINED = [case for case in CASES if 'param_grad' in case]
 FREEZABLE = ['norm', 'depthwise.', 'depthwise', 'project', 'linear', 'qk', 'v.', 'bias', 'layer_scale']
 FREEZABLE += ['stem', 'stages']
-WAYS = ('eager', 'plain', 'deployed', 'deployed plain')
+PATHS = ('eager', 'modules', 'deployed', 'deployed modules')
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('path', PATHS)
 class TestGolden:
     @pytest.fixture(autouse=True)
-    def _take(self, way: str, plain_way: Callable[[], None]) -> None:
-        if 'plain' in way:
-            plain_way()
+    def _take(self, path: str, modules_only: Callable[[], None]) -> None:
+        if 'modules' in path:
+            modules_only()
 
     @pytest.mark.parametrize('case', CASES, ids=name_of)
-    def test_outputs(self, case: dict[str, Any], way: str) -> None:
-        check_outputs(case, way)
+    def test_outputs(self, case: dict[str, Any], path: str) -> None:
+        check_outputs(case, path)
 
     @pytest.mark.parametrize('case', TRAINED, ids=name_of)
-    def test_gradients(self, case: dict[str, Any], way: str) -> None:
-        check_gradients(case, way)
+    def test_gradients(self, case: dict[str, Any], path: str) -> None:
+        check_gradients(case, path)
 
 
-@pytest.mark.parametrize('way', ['eager', 'deployed'])
+@pytest.mark.parametrize('path', ['eager', 'deployed'])
 class TestCompiled:
     """``torch.compile`` takes the whole forward pass, as one graph."""
 
@@ -144,67 +108,48 @@ class TestCompiled:
         yield
         torch._dynamo.reset()
 
-    def test_a_small_one(self, way: str) -> None:
+    def test_a_small_one(self, path: str) -> None:
         torch.manual_seed(0)
         model = visible(EMOv2(dict(TINY, depths=(1, 1, 2, 1)), window_size=3)).eval()
-        if way == 'deployed':
+        if path == 'deployed':
             model.switch_to_deploy()
         x = torch.rand(2, 3, 50, 40)
         with torch.no_grad():
             for a, b in zip(compiled(model, 'eager')(x), model(x)):
                 assert relative(a, b) < 1e-5
 
+    def test_export(self, path: str) -> None:
+        model, x = (deployed() if path == 'deployed' else tiny().eval()), torch.rand(1, 3, 40, 33)
+        with torch.no_grad():
+            expected = model(x)  # and packs the weights of a deployed one
+            exported = torch.export.export(model, (x,))
+            found = exported.module()(x) if hasattr(exported, 'module') else exported(x)
+        for a, b in zip(found, expected):
+            assert relative(a, b) < 1e-5
+
     @pytest.mark.slow
-    def test_golden(self, way: str) -> None:
-        check_outputs(SMALLEST, way, 'eager')
+    def test_golden(self, path: str) -> None:
+        check_outputs(SMALLEST, path, 'eager')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 def test_compiled_training(backend: str) -> None:
     torch._dynamo.reset()
-    x, results = torch.rand(2, 3, 64, 70), []
+    x, found = torch.rand(2, 3, 64, 70), []
     for chosen in (None, backend):
         model = tiny(final_norm=True).train()
         maps = compiled(model, chosen)(x)
         sum(m.square().mean() for m in maps).backward()
-        results.append((maps, [p.grad for p in model.parameters()], list(model.buffers())))
-    for ours, theirs in zip(*results):
+        found.append((maps, [p.grad for p in model.parameters()], list(model.buffers())))
+    for ours, theirs in zip(*found):
         scale = max(t.abs().max() for t in ours).item()  # some gradients are 0, but for rounding
         for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * scale)
 
 
-class Adapted(nn.Module):
-    """A linear layer and what is trained beside it; it has no weight or bias of its own."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
-        self.scale = nn.Parameter(torch.full_like(layer.weight[:, 0], 1.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * self.scale + 0.1
-
-
-class TestWays:
-    """What a CPU computes in its own way equals the plain way, in double precision."""
-
-    @staticmethod
-    def results(model: EMOv2, x: Tensor) -> dict[str, Tensor]:
-        """Maps, gradients and statistics after two steps."""
-        found = {}
-        for step in range(2):
-            model.zero_grad()
-            torch.manual_seed(step)  # of drop path
-            maps = model(x)
-            sum((m * torch.randn_like(m)).sum() for m in maps).backward()
-        found = {f'map {i}': m for i, m in enumerate(maps)}
-        found.update({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        found.update({n: b.double() for n, b in model.named_buffers()})
-        if x.requires_grad:
-            found['x'], x.grad = x.grad, None
-        return found
+class TestFastPath:
+    """What a CPU computes instead of the modules equals them, in double precision."""
 
     @pytest.mark.parametrize(
         'kwargs',
@@ -222,117 +167,54 @@ class TestWays:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize('training', [True, False])
-    def test_arguments(self, training: bool, kwargs: dict[str, Any], plain_way: Callable[[], None]) -> None:
-        x = torch.rand(2, 3, 41, 50, dtype=torch.double)
-        self.compare(lambda: tiny(**kwargs).double().train(training), x, plain_way)
+    @pytest.mark.parametrize('mode', ['gradients', 'training'])
+    def test_arguments(self, mode: str, kwargs: dict[str, Any], modules_only: Callable[[], None]) -> None:
+        self.compare(lambda: tiny(**kwargs).double().train(mode == 'training'), mode, modules_only)
 
     @pytest.mark.parametrize(
-        ('frozen', 'of_x'),
-        [*product(FREEZABLE, (False, True)), ('', True)],  # '': all of them
+        ('frozen', 'mode'),
+        [*product(FREEZABLE, ('gradients', 'training')), ('', 'gradients')],  # '': all of them
     )
-    def test_frozen_weights(self, frozen: str, of_x: bool, plain_way: Callable[[], None]) -> None:
+    def test_frozen_weights(self, frozen: str, mode: str, modules_only: Callable[[], None]) -> None:
         """Those whose name holds ``frozen``."""
 
         def build() -> EMOv2:
-            model = tiny().double().train()
+            model = tiny().double().train(mode == 'training')
             for name, p in model.named_parameters():
                 p.requires_grad_(frozen not in name)
             return model
 
-        x = torch.rand(2, 3, 41, 50, dtype=torch.double, requires_grad=of_x)
-        self.compare(build, x, plain_way)
+        self.compare(build, mode, modules_only)
 
-    def compare(self, build: Callable[[], EMOv2], x: Tensor, plain_way: Callable[[], None]) -> None:
-        before = x.detach().clone()
-        ours = self.results(build(), x)
-        plain_way()
-        theirs = self.results(build(), x)
+    @staticmethod
+    def compare(build: Callable[[], EMOv2], mode: str, modules_only: Callable[[], None]) -> None:
+        x = torch.rand(2, 3, 41, 50, dtype=torch.double)
+        before = x.clone()
+        ours = results(build(), x, mode, steps=2)
+        modules_only()
+        assert_close(ours, results(build(), x, mode, steps=2))
         assert torch.equal(x, before)
-        assert ours.keys() == theirs.keys()
-        scale = max(t.abs().max() for t in theirs.values()).item()
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11 * scale, msg=name)
 
-    @pytest.mark.parametrize('names', [('qk', 'v'), ('project',), ('linear',)], ids=str)
-    def test_replaced_layers(self, names: tuple[str, ...], plain_way: Callable[[], None]) -> None:
-        """As fine-tuning with low-rank adapters puts modules of its own where linear layers were."""
-
-        def build() -> EMOv2:
-            model = tiny().double().train()
-            for module in list(model.modules()):
-                for name, child in list(module.named_children()):
-                    if name in names and isinstance(child, nn.Linear):
-                        setattr(module, name, Adapted(child))
-            return model
-
-        self.compare(build, torch.rand(2, 3, 41, 50, dtype=torch.double), plain_way)
-
-    @pytest.mark.parametrize('name', ['act', 'depthwise_act'])
-    @pytest.mark.parametrize('act', [nn.ReLU, partial(nn.GELU, 'tanh')], ids=['ReLU', 'tanh'])
-    def test_replaced_activations(
-        self, act: Callable[[], nn.Module], name: str, plain_way: Callable[[], None]
-    ) -> None:
-        def build() -> EMOv2:
-            model = tiny().double().train()
-            for module in model.stages.modules():
-                if hasattr(module, name):
-                    setattr(module, name, act())
-            return model
-
-        self.compare(build, torch.rand(2, 3, 41, 50, dtype=torch.double), plain_way)
-
-    def test_backward_hooks_are_called(self) -> None:
-        """Of all parts, as explanations rely on."""
-        model, called = tiny(final_norm=True).train(), set()
-        names = [n for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)]
-        for name in names:
-            model.get_submodule(name).register_full_backward_hook(
-                lambda m, grad_in, grad_out, name=name: called.add(name)
-            )
-        x = torch.rand(2, 3, 32, 32, requires_grad=True)
-        sum(m.square().sum() for m in model(x)).backward()
-        containers = {f'stages.{i}' for i in range(4)}  # their blocks are called one by one
-        without_residual = {f'stages.{i}.0.drop_path' for i in range(4)}
-        assert set(names) - called == containers | without_residual
-
-    @pytest.mark.parametrize('training', [True, False])
-    def test_a_cpu_does_take_its_own(self, training: bool, plain_way: Callable[[], None]) -> None:
-        def functions(y: Tensor) -> set[str]:
-            found, todo = set(), [y.grad_fn]
-            while todo:
-                node = todo.pop()
-                if node is not None and node not in found:
-                    found.add(node)
-                    todo += [n for n, _ in node.next_functions]
-            return {type(node).__name__ for node in found}
-
-        own = {'_AttendBackward', '_MixAndProjectBackward', '_ForwardKernelsOnlyBackward'}
-        model = tiny().train(training)
-        assert own <= functions(model(torch.rand(2, 3, 32, 32))[-1])
-        synchronised = tiny(norm_cfg=dict(type='SyncBN')).eval()  # its forward pass is another
-        assert '_MixAndProjectBackward' not in functions(synchronised(torch.rand(2, 3, 32, 32))[-1])
-        plain_way()
-        assert not own & functions(model(torch.rand(2, 3, 32, 32))[-1])
-
-    @pytest.mark.parametrize('way', WAYS)
-    def test_mixed_precision_of_inference(self, way: str, plain_way: Callable[[], None]) -> None:
+    @pytest.mark.parametrize('path', PATHS)
+    def test_mixed_precision_of_inference(self, path: str, modules_only: Callable[[], None]) -> None:
         model, _ = golden_model(SMALLEST)
         x = normal((2, 3, 64, 80), 0)
         with torch.no_grad():
             expected = model(x)
-            if 'deployed' in way:
+            if 'deployed' in path:
                 model.switch_to_deploy()
-            if 'plain' in way:
-                plain_way()
+            if 'modules' in path:
+                modules_only()
             with torch.autocast('cpu', dtype=torch.bfloat16):
                 maps = model(x)
         for a, b in zip(maps, expected):
             assert 1e-5 < relative(a, b) < 3e-2
 
     @pytest.mark.parametrize('kwargs', [{}, dict(with_cp=True)], ids=str)
-    def test_mixed_precision_of_training(self, kwargs: dict[str, Any], plain_way: Callable[[], None]) -> None:
-        """As near to full precision as the plain way is, with gradients in full precision."""
+    def test_mixed_precision_of_training(
+        self, kwargs: dict[str, Any], modules_only: Callable[[], None]
+    ) -> None:
+        """As near to full precision as the plain path is, with gradients in full precision."""
         x = torch.rand(4, 3, 64, 80)
 
         def gradients(narrow: bool) -> Tensor:
@@ -344,7 +226,7 @@ class TestWays:
             return torch.cat([p.grad.flatten() for p in model.parameters()])
 
         exact, ours = gradients(False), gradients(True)
-        plain_way()
+        modules_only()
         plain = gradients(True)
         assert 1e-4 < relative(ours, exact) < max(1.5 * relative(plain, exact), 1e-2)
 
@@ -388,7 +270,7 @@ class TestForward:
         assert not any(torch.equal(a, b) for a, b in zip(block.eval()(x), x))
 
     def test_kept_samples_are_scaled_so_that_the_mean_stays(self) -> None:
-        drop = emo2_mm.emov2.DropPath(0.25).train()
+        drop = DropPath(0.25).train()
         values = drop(torch.ones(64, 1, 1, 1)).unique().tolist()
         assert values == pytest.approx([0.0, 1 / 0.75])
 
@@ -587,11 +469,11 @@ class TestGradients:
         assert kept[True] < kept[False] / 2
 
 
-@pytest.mark.parametrize('deployed', [False, True], ids=['eager', 'deployed'])
-def test_maps_are_contiguous(deployed: bool) -> None:
+@pytest.mark.parametrize('folded', [False, True], ids=['eager', 'deployed'])
+def test_maps_are_contiguous(folded: bool) -> None:
     """Operators of mmcv do not look at strides: RoIAlign would read other numbers, silently."""
     model = EMOv2('1m', final_norm=True).eval()
-    if deployed:
+    if folded:
         model.switch_to_deploy()
     with torch.no_grad():
         assert all(out.is_contiguous() for out in model(torch.rand(2, 3, 64, 96)))

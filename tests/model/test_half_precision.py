@@ -1,17 +1,19 @@
-"""Numbers of 16 bits: finite at the edge of the range, and as near to float32 as the plain network's."""
+"""16 bits: finite at the edge of the range, and as near to float32 as the plain network."""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 import torch
-from test_emov2 import TINY, tiny
+from helpers.networks import TINY, tiny
 from helpers.tiny import imported
 from torch import Tensor, nn
 
+from emo2_mm import cpu
 from emo2_mm.attention import SEWMHSA
+from emo2_mm.cpu.window_attention import gelu_and_attend
 
 with imported('plain_emov2') as plain_emov2:
     pass
@@ -19,7 +21,7 @@ with imported('plain_emov2') as plain_emov2:
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 Take = Callable[[str, nn.Module], nn.Module]
-WAYS = ('eager', 'deployed', 'plain')  # 'plain' is that of GPUs and of recorded networks
+PATHS = ('eager', 'deployed', 'modules')  # 'modules' is that of GPUs and of traced networks
 ROUNDINGS = 5  # of finfo.eps, between two numbers (2**-7, 2**-10); EMOv2 errs by less than 2
 
 
@@ -33,15 +35,15 @@ def narrow(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def take(monkeypatch: pytest.MonkeyPatch) -> Take:
-    def take(way: str, model: nn.Module) -> nn.Module:
-        if way == 'plain':
-            monkeypatch.setattr('emo2_mm.modes.is_traced', lambda: True)
-        if way == 'deployed':
+def take() -> Iterator[Take]:
+    def take(path: str, model: nn.Module) -> nn.Module:
+        cpu.enable(path != 'modules')
+        if path == 'deployed':
             model.switch_to_deploy()
         return model
 
-    return take
+    yield take
+    cpu.enable(True)
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -76,7 +78,7 @@ def error(maps: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     return max(((a.double() - b).norm() / b.double().norm()).item() for a, b in zip(maps, exact))
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('path', PATHS)
 class TestInference:
     def compare(self, model: nn.Module, plain: nn.Module, exact: nn.Module, narrow: torch.dtype) -> None:
         ours, theirs = [], []
@@ -89,13 +91,13 @@ class TestInference:
         assert sum(ours) < 1.5 * sum(theirs)
 
     @torch.no_grad()
-    def test_narrow_weights(self, way: str, narrow: torch.dtype, take: Take) -> None:
+    def test_narrow_weights(self, path: str, narrow: torch.dtype, take: Take) -> None:
         model, plain = networks()
-        model = take(way, model)
+        model = take(path, model)
         self.compare(model.to(narrow), deepcopy(plain).to(narrow), plain, narrow)
 
     @torch.no_grad()
-    def test_mixed_precision(self, way: str, take: Take) -> None:
+    def test_mixed_precision(self, path: str, take: Take) -> None:
         class Mixed(nn.Module):
             def __init__(self, model: nn.Module) -> None:
                 super().__init__()
@@ -106,13 +108,13 @@ class TestInference:
                     return self.model(x)
 
         model, plain = networks()
-        self.compare(Mixed(take(way, model)), Mixed(plain), plain, torch.bfloat16)
+        self.compare(Mixed(take(path, model)), Mixed(plain), plain, torch.bfloat16)
 
     @torch.no_grad()
-    def test_as_far_as_the_plain_network(self, way: str, narrow: torch.dtype, take: Take) -> None:
+    def test_as_far_as_the_plain_network(self, path: str, narrow: torch.dtype, take: Take) -> None:
         """Sums of numbers near the largest one overflow in any network, but not here before there."""
         model, plain = networks()
-        model, plain = take(way, model).to(narrow), plain.to(narrow)
+        model, plain = take(path, model).to(narrow), plain.to(narrow)
         torch.manual_seed(0)
         finite = []
         for most in (1e4, 1.5e4, 2e4, 3e4, 4e4, 5e4, 6e4, 65504.0, 1e9, 1e15):
@@ -141,11 +143,11 @@ class TestTraining:
         except RuntimeError:
             pytest.skip(f'this torch has no mixed precision of {narrow} on a CPU')
 
-    @pytest.mark.parametrize('way', ['eager', 'plain'])
-    def test_mixed_precision(self, way: str, mixed: torch.dtype, take: Take) -> None:
+    @pytest.mark.parametrize('path', ['eager', 'modules'])
+    def test_mixed_precision(self, path: str, mixed: torch.dtype, take: Take) -> None:
         """Batch norms divide by the spread of one image: that of a black one is little but rounding."""
         model, plain = networks()
-        model, ours, theirs = take(way, model), 0.0, 0.0
+        model, ours, theirs = take(path, model), 0.0, 0.0
         for name, x in images().items():
             found = self.gradients(model, x, mixed)
             assert found.isfinite().all(), name
@@ -166,6 +168,13 @@ class TestAttention:
         return ours, plain
 
     @staticmethod
+    def fast(model: SEWMHSA, x: Tensor) -> Tensor:
+        """As within a block on a CPU."""
+        return gelu_and_attend(
+            model.qk(x), model.v(x), model.qk.bias, model.v.bias, model.window_size, model.heads
+        )
+
+    @staticmethod
     def copy(ours: nn.Module, plain: nn.Module) -> None:
         weights = ours.state_dict()
         plain.load_state_dict({k: w[:, :, None, None] if w.ndim == 2 else w for k, w in weights.items()})
@@ -180,26 +189,24 @@ class TestAttention:
             self.copy(model, plain)
             x = torch.randn(1, h, w, 64)
             exact = plain(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            ours += error((model.to(narrow)(x.to(narrow)),), (exact,))
+            ours += error((self.fast(model.to(narrow), x.to(narrow)),), (exact,))
             y = plain.to(narrow)(x.to(narrow).permute(0, 3, 1, 2))
             theirs += error((y.permute(0, 2, 3, 1),), (exact,))
         assert 0 < ours < 1.5 * theirs
 
-    @pytest.mark.parametrize('way', ['eager', 'plain'])
+    @pytest.mark.parametrize('path', ['eager', 'modules'])
     @pytest.mark.parametrize('size', [(14, 14), (9, 12), (3, 4)])
-    def test_products_beyond_the_range(
-        self, size: tuple[int, int], way: str, narrow: torch.dtype, take: Take
-    ) -> None:
+    def test_products_beyond_the_range(self, size: tuple[int, int], path: str, narrow: torch.dtype) -> None:
         """q and k of 60: their product, 115200, is none of float16, but the logit, 20365, is."""
         model, plain = self.attentions(7)
         with torch.no_grad():
             model.qk.weight.zero_()
             model.qk.bias.fill_(60.0)
         self.copy(model, plain)
-        model, x = take(way, model.to(narrow)), torch.randn(1, *size, 64).to(narrow).requires_grad_()
+        model, x = model.to(narrow), torch.randn(1, *size, 64).to(narrow).requires_grad_()
         if narrow == torch.float16:
             assert plain.to(narrow)(x.permute(0, 3, 1, 2)).isnan().all()
-        y = model(x)
+        y = self.fast(model, x) if path == 'eager' else model(x)
         y.float().square().mean().backward()
         for found in (y, x.grad, *(p.grad for p in model.parameters())):
             assert found.isfinite().all()
