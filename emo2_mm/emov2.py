@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import cpu
 from .arch import ARCH_SETTINGS, STAGE_ATTENDS, check_arch, check_options, check_out_indices
 from .attention import SEWMHSA
-from .weights.load import load_backbone_weights
 from .fold import fold_network, folding_mismatch
 from .layers import EPS, DropPath, build_batch_norm, recomputed
+from .weights.load import load_backbone_weights
 
 
 class Stem(nn.Module):

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.networks import TINY, tiny, visible
+from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, imported, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
-from test_emov2 import TINY, tiny, visible
-from helpers.tiny import CLASSIFIER, DETECTOR, ROOT, SEGMENTOR, SIDE, imported, run, write_config, write_data
 from torch import nn
 
 import emo2_mm

@@ -9,10 +9,10 @@ from typing import Any, Callable
 import pytest
 import torch
 from helpers.networks import TINY, relative, tiny, visible
+from helpers.tiny import DETECTOR, ROOT, write_config
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
-from helpers.tiny import DETECTOR, ROOT, write_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune

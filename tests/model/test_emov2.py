@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from emo2_mm import EMOv2, cpu
-from emo2_mm.weights.load import find_state_dict
 from emo2_mm.layers import DropPath
+from emo2_mm.weights.load import find_state_dict
 
 
 @pytest.fixture

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import ROOT
 
 from emo2_mm import EMOv2
 
 hypothesis = pytest.importorskip('hypothesis')
+import plain_emov2  # noqa: E402
 from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-
-import plain_emov2  # noqa: E402
 
 settings.register_profile('fuzz', max_examples=30, deadline=None, derandomize=True)
 settings.load_profile('fuzz')

@@ -5,18 +5,15 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Callable, Iterator
 
+import plain_emov2
 import pytest
 import torch
 from helpers.networks import TINY, tiny
-from helpers.tiny import imported
 from torch import Tensor, nn
 
 from emo2_mm import cpu
 from emo2_mm.attention import SEWMHSA
 from emo2_mm.cpu.window_attention import gelu_and_attend
-
-with imported('plain_emov2') as plain_emov2:
-    pass
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
