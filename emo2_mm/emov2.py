@@ -173,12 +173,12 @@ class EMOv2(BaseModule):
         with_cp: Recompute blocks in the backward pass to save memory. Defaults to False.
         final_norm: Apply a layer norm to the map of the last stage, as classification does. Defaults to
             False.
-        deploy: Build the folded network, which loads what was saved after :meth:`switch_to_deploy` and does
-            not train. Defaults to False.
         norm_cfg: Batch norm, ``dict(type='BN')`` or ``dict(type='SyncBN')``, with ``requires_grad`` and
             the arguments of torch's classes; eps is 1e-6 unless given. Defaults to ``dict(type='BN')``.
         init_cfg: MMEngine's initialisation config. ``dict(type='Pretrained', checkpoint=FILE)`` takes
             published files and those of MMPretrain, MMDetection and MMSegmentation.
+        deploy: Build the folded network, which loads what was saved after :meth:`switch_to_deploy` and does
+            not train. Defaults to False.
 
     Raises:
         ValueError: If an argument is unknown or out of range; the message lists what is allowed.
@@ -208,9 +208,9 @@ class EMOv2(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         final_norm: bool = False,
-        deploy: bool = False,
         norm_cfg: dict[str, Any] = dict(type='BN'),  # noqa: B006, it is never changed
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        deploy: bool = False,
     ) -> None:
         super().__init__(init_cfg)
         arch = check_arch(arch, self.arch_settings)
@@ -241,11 +241,7 @@ class EMOv2(BaseModule):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """The feature maps that :meth:`forward` returns, as timm describes them.
-
-        A dict for each of ``out_indices``: ``num_chs`` channels, ``reduction`` (stride in pixels), and
-        ``module``, the name of the stage.
-        """
+        """For each of ``out_indices``, as in timm: channels, stride in pixels, and name of the stage."""
         return [
             dict(num_chs=self.stages[i][-1].project.out_features, reduction=4 << i, module=f'stages.{i}')
             for i in self.out_indices
