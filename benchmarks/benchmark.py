@@ -1,4 +1,4 @@
-"""Measure EMOv2 against the plain network of plain_emov2.py, in turns, once their results agree."""
+"""Compare EMOv2 with the baseline of plain_emov2.py: check that outputs agree, then time both interleaved."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from emo2_mm.analysis.timing import interleaved
 from emo2_mm.export.onnx_network import import_onnx, replace, session, trace
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# Largest relative errors allowed. In training, batch statistics amplify rounding; the narrow types round at
-# every operation, at 8 (bf16) or 11 bits, and the two networks do so in different places.
+# Largest relative errors allowed. In training, batch statistics amplify rounding; bf16 (8 bits) and fp16
+# (11 bits) round after every operation, and the two networks do so in different places.
 LIMITS = {
     'maps': {'fp32': 1e-5, 'bf16': 0.1, 'fp16': 0.02},
     'maps in training': {'fp32': 1e-4, 'bf16': 0.1, 'fp16': 0.02},
@@ -49,12 +49,12 @@ TRAINING = [(8, 224, 224, 7), (2, 512, 512, 10)]
 LARGE = (64, 224, 224, 7)  # fills a GPU
 SIDES = [224, 448, 672, 896, 1120, 1344, 1600]  # of --scale
 SHOWN_OPERATORS = 12  # of --profile
-# In each the heap lies differently, and with it the page faults that a network has in each pass
-PROGRAMS = 3  # on a CPU, for a case of inference
+# The heap layout, and with it the number of page faults per forward pass, differs per process
+PROCESSES = 3  # on a CPU, for a case of inference
 
 
 class Case(NamedTuple):
-    """What is measured: ``eager``, ``deployed`` or ``onnx`` inference, a ``train`` step or its ``memory``."""
+    """A measurement: ``eager``, ``deployed`` or ``onnx`` inference, a ``train`` step or its ``memory``."""
 
     kind: str
     batch: int
@@ -83,7 +83,7 @@ def common_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """More, which a CPU is not asked for unless they are named."""
+    """Cases for a GPU; on a CPU they run only if they are named."""
     cases = [Case(kind, *LARGE) for kind in ('eager', 'deployed', 'train')]
     for kind in ('eager', 'deployed'):
         cases += [Case(kind, *shape, 'bf16') for shape in [*INFERENCE, LARGE]]
@@ -95,12 +95,12 @@ def gpu_cases() -> list[Case]:
 
 
 def onnx_cases() -> list[Case]:
-    """EMOv2 in ONNX Runtime on the CPU, which must be asked for: not everybody has it."""
+    """EMOv2 in ONNX Runtime on the CPU; run only if named, for it is an extra."""
     return [Case('onnx', *shape) for shape in INFERENCE]
 
 
 def select(names: Sequence[str] | None, device: str) -> list[Case]:
-    """Find cases by the whole name or by a part of it (``train``, ``8x224``, ``bf16``); None: the usual ones.
+    """Select cases by name or a part of the name (``train``, ``8x224``, ``bf16``); None: the default ones.
 
     Raises:
         ValueError: If a name fits no case.
@@ -120,8 +120,8 @@ def select(names: Sequence[str] | None, device: str) -> list[Case]:
 
 
 @torch.no_grad()
-def visible_emov2(arch: str | dict, window: int, **kwargs: Any) -> EMOv2:
-    """Build an EMOv2 of random weights in which every branch and every statistic counts."""
+def randomized_emov2(arch: str | dict, window: int, **kwargs: Any) -> EMOv2:
+    """Build an EMOv2 with random weights in which every branch and statistic affects the output."""
     torch.manual_seed(0)
     model = EMOv2(arch, window_size=window, layer_scale_init_value=0.5, **kwargs)
     for module in model.modules():
@@ -143,11 +143,11 @@ def check_onnx() -> None:
 
 
 class InOnnxRuntime(nn.Module):
-    """A network in eval mode as ONNX Runtime computes it on the CPU.
+    """A network in eval mode that runs in ONNX Runtime on the CPU.
 
     Args:
-        network: It may have a deployed EMOv2 as a part, or be one.
-        x: Images of the size that it will be given.
+        network: A deployed EMOv2, or a network that contains one.
+        x: Images of the size of the inputs.
     """
 
     def __init__(self, network: nn.Module, x: Tensor) -> None:
@@ -163,8 +163,8 @@ class InOnnxRuntime(nn.Module):
 
 
 def build(case: Case, arch: str | dict, device: str) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Build the plain network, an EMOv2 of the same weights, and images."""
-    emo2 = visible_emov2(arch, case.window)
+    """Build the baseline, an EMOv2 with the same weights, and images."""
+    emo2 = randomized_emov2(arch, case.window)
     plain = PlainEMOv2(arch, window_size=case.window)
     copy_weights(emo2, plain)
     x = torch.randn(case.batch, 3, case.height, case.width).to(device)
@@ -174,7 +174,7 @@ def build(case: Case, arch: str | dict, device: str) -> tuple[nn.Module, nn.Modu
         emo2.switch_to_deploy()
     if case.kind == 'onnx':
         emo2 = InOnnxRuntime(emo2, x)
-    if not case.trains:  # training keeps its weights in fp32 and casts as it goes
+    if not case.trains:  # training keeps fp32 weights and uses autocast
         x, plain, emo2 = (part.to(DTYPES[case.dtype]) for part in (x, plain, emo2))
     if case.variant == 'channels-last':
         x, plain, emo2 = (part.to(memory_format=torch.channels_last) for part in (x, plain, emo2))
@@ -190,7 +190,7 @@ def forward(model: nn.Module, x: Tensor, case: Case) -> tuple[Tensor, ...]:
 
 
 def step(model: nn.Module, x: Tensor, case: Case) -> tuple[Tensor, ...]:
-    """Do once what the case measures: a forward pass or, in training, also a backward pass."""
+    """Run a forward pass and, in training, a backward pass."""
     if not case.trains:
         with torch.no_grad():
             return forward(model, x, case)
@@ -201,13 +201,13 @@ def step(model: nn.Module, x: Tensor, case: Case) -> tuple[Tensor, ...]:
 
 
 def relative_error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The norm of the difference of two lists of tensors, relative to that of the second."""
+    """Norm of the difference of two lists of tensors, relative to the norm of the second."""
     a, b = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (a, b))
     return ((a - b).norm() / b.norm()).item()
 
 
 def errors_of(plain: nn.Module, emo2: nn.Module, x: Tensor, case: Case) -> dict[str, float]:
-    """Relative error of the worst map and, in training, of all gradients together."""
+    """Relative error of the worst feature map and, in training, of all gradients together."""
     maps = zip(step(emo2, x, case), step(plain, x, case))
     worst = max(relative_error([ours], [theirs]) for ours, theirs in maps)
     errors = {'maps in training' if case.trains else 'maps': worst}
@@ -221,7 +221,7 @@ def errors_of(plain: nn.Module, emo2: nn.Module, x: Tensor, case: Case) -> dict[
 def measure(case: Case, arch: str | dict, device: str, rounds: int | None) -> dict[str, Any]:
     """Check that both networks agree and, if so, measure them.
 
-    The ratio is plain / EMOv2 of time, the speed-up, but EMOv2 / plain of memory, the part of it.
+    The ratio is baseline / EMOv2 of time (the speed-up), but EMOv2 / baseline of memory.
     """
     plain, emo2, x = build(case, arch, device)
     errors = errors_of(plain, emo2, x, case)
@@ -239,7 +239,7 @@ def measure(case: Case, arch: str | dict, device: str, rounds: int | None) -> di
 
 
 def summary(pairs: list[list[float]], unit: str) -> dict[str, Any]:
-    """What pairs of measurements, of the plain network and of EMOv2, say."""
+    """Summarize pairs of measurements of baseline and EMOv2."""
     ratios = [emo2 / plain if unit == 'bytes' else plain / emo2 for plain, emo2 in pairs]
     quartiles = quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
     medians = dict(zip(('plain', 'emo2'), map(median, zip(*pairs))))
@@ -247,12 +247,12 @@ def summary(pairs: list[list[float]], unit: str) -> dict[str, Any]:
 
 
 def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make one result of those that a case had in several programs; ``programs`` has the ratio in each."""
+    """Pool the results of several processes; ``processes`` lists the ratio in each."""
     for result in results:
         if not result['agrees']:
             return result
     pairs = [pair for result in results for pair in result['pairs']]
-    return dict(results[0], **summary(pairs, 'seconds'), programs=[result['ratio'] for result in results])
+    return dict(results[0], **summary(pairs, 'seconds'), processes=[result['ratio'] for result in results])
 
 
 def measure_side(side: int, arch: str, device: str, rounds: int | None) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def measure_side(side: int, arch: str, device: str, rounds: int | None) -> dict[
 
 
 class Peer(NamedTuple):
-    """A model of timm, and the ImageNet-1K top-1 (%) that others report for it at images of ``side``."""
+    """Model of timm with its reported ImageNet-1K top-1 (%) for images of ``side`` pixels."""
 
     name: str
     side: int
@@ -293,7 +293,7 @@ class Classifier(nn.Module):
 
     def __init__(self, arch: str, deployed: bool) -> None:
         super().__init__()
-        self.backbone = visible_emov2(arch, 7, out_indices=(3,), final_norm=True).eval()
+        self.backbone = randomized_emov2(arch, 7, out_indices=(3,), final_norm=True).eval()
         self.fc = nn.Linear(EMOv2.arch_settings[arch]['channels'][-1], 1000)
         if deployed:
             self.backbone.switch_to_deploy()
@@ -310,10 +310,10 @@ def import_timm() -> Any:
 
 
 def in_onnx_runtime(peer: Peer, model: nn.Module) -> InOnnxRuntime:
-    """A peer in ONNX Runtime.
+    """A comparable model in ONNX Runtime.
 
     Raises:
-        RuntimeError: If it computes something else there.
+        RuntimeError: If its outputs differ from torch's.
     """
     x = torch.randn(1, 3, peer.side, peer.side)
     other = InOnnxRuntime(model, x)
@@ -325,10 +325,10 @@ def in_onnx_runtime(peer: Peer, model: nn.Module) -> InOnnxRuntime:
 
 @torch.no_grad()
 def measure_peers(device: str, rounds: int | None) -> list[dict[str, Any]]:
-    """Sizes and speed of EMOv2 and of others, in fp32, each at the size that its top-1 is reported for.
+    """Sizes and speed of EMOv2 and comparable models in fp32, each at the size of its reported top-1.
 
-    ``onnx_seconds`` is what ONNX Runtime takes for one image; None on a GPU, and of an EMOv2 that is not
-    deployed: its graph is always folded.
+    ``onnx_seconds`` is the time of ONNX Runtime for one image; None on a GPU and for an EMOv2 that is not
+    deployed, because its graph is always folded.
     """
     timm = import_timm()
     reparameterize = importlib.import_module('timm.utils.model').reparameterize_model
@@ -337,7 +337,7 @@ def measure_peers(device: str, rounds: int | None) -> list[dict[str, Any]]:
         own = Peer(f'EMOv2-{arch}', EMOV2_SIDE, top1, 'arXiv 2412.06674')
         models[own] = Classifier(arch, deployed=False).eval()
         models[own._replace(name=f'{own.name} deployed')] = Classifier(arch, deployed=True).eval()
-    for peer in PEERS:  # folded, too, where the model knows how
+    for peer in PEERS:  # fused where timm can
         models[peer] = reparameterize(timm.create_model(peer.name, num_classes=1000).eval())
     rows = {
         peer: dict(
@@ -368,19 +368,19 @@ def measure_peers(device: str, rounds: int | None) -> list[dict[str, Any]]:
 
 
 def measure_profile(arch: str, device: str) -> list[dict[str, Any]]:
-    """The operators that take most of the time, in inference and in training."""
+    """Operators that take most of the time, in inference and in training."""
     rows = []
     for case in (Case('eager', *INFERENCE[1]), Case('deployed', *INFERENCE[1]), Case('train', *TRAINING[0])):
         plain, emo2, x = build(case, arch, device)
         for network, model in (('plain', plain), ('emo2', emo2)):
-            if case.kind != 'deployed' or network == 'emo2':  # the plain network has no other form
+            if case.kind != 'deployed' or network == 'emo2':  # the baseline cannot be deployed
                 found = operators(lambda m=model, c=case, x=x: step(m, x, c), device)
                 rows.append(dict(case=case.name, network=network, operators=found[:SHOWN_OPERATORS]))
     return rows
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """Describe the machine and the versions."""
     info = Path('/proc/cpuinfo')
     lines = info.read_text().split('\n') if info.exists() else []
     names = [line.split(': ')[1] for line in lines if line.startswith('model name')]
@@ -399,11 +399,11 @@ def machine(device: str) -> dict[str, Any]:
     )
 
 
-def alone(job: Callable[[], Any]) -> Any:
-    """Do a job in a process of its own.
+def in_subprocess(job: Callable[[], Any]) -> Any:
+    """Run a job in a process of its own.
 
-    In one that computed large images before, the C library keeps their memory, and the plain network is
-    spared the page faults that it has in a program that computes what the job does.
+    In a process that computed large images before, the C library keeps their memory, which spares the
+    baseline page faults that it has in a process which runs the job only.
     """
     with ProcessPoolExecutor(1, get_context('fork')) as pool:
         return pool.submit(job).result()
@@ -420,7 +420,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='defaults to cuda where there is one')
     parser.add_argument('--threads', type=int, help='of torch on the CPU; defaults to what torch takes')
     parser.add_argument(
-        '--rounds', type=int, help='of every comparison in a program; by default as time allows'
+        '--rounds', type=int, help='of every comparison in a process; by default as time allows'
     )
     parser.add_argument(
         '--only', nargs='*', metavar='CASE', help='these cases, or parts of their names; none if left empty'
@@ -429,7 +429,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--peers',
         action='store_true',
-        help='also EMOv2 1m, 2m and 5m beside models of timm, on the CPU in ONNX Runtime, too',
+        help='also EMOv2 1m, 2m, 5m and comparable models of timm, on the CPU in ONNX Runtime, too',
     )
     parser.add_argument('--profile', action='store_true', help='also the operators that take the time')
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for benchmark.json and plots')
@@ -453,7 +453,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
 def main(args: Sequence[str] | None = None) -> int:
     args = parse_args(args)
     if args.peers:
-        import_timm()  # say now rather than after minutes that it is missing
+        import_timm()  # fail now rather than after minutes
     if args.device == 'cpu' and (args.peers or any(case.kind == 'onnx' for case in args.cases)):
         check_onnx()
     if args.threads:
@@ -488,9 +488,9 @@ def main(args: Sequence[str] | None = None) -> int:
             if args.device != 'cpu':
                 found = job()
             elif name in pooled:
-                found = pool([alone(job) for _ in range(PROGRAMS)])
+                found = pool([in_subprocess(job) for _ in range(PROCESSES)])
             else:
-                found = alone(job)
+                found = in_subprocess(job)
             results.setdefault(section, []).extend(found if isinstance(found, list) else [found])
             progress.advance(bar)
             if section in ('cases', 'scale'):
@@ -506,7 +506,7 @@ def main(args: Sequence[str] | None = None) -> int:
         )
     wrong = [case['name'] for case in results.get('cases', []) if not case['agrees']]
     if wrong:
-        console.print(f'[bold red]EMOv2 and the plain network differ:[/] {" ".join(wrong)}')
+        console.print(f'[bold red]EMOv2 and the baseline differ:[/] {" ".join(wrong)}')
     return 1 if wrong else 0
 
 

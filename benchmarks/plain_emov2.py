@@ -151,7 +151,7 @@ class Block(nn.Module):
 
 
 class PlainEMOv2(nn.Module):
-    """The plain network; the arguments are those of :class:`emo2_mm.EMOv2`."""
+    """The baseline; the arguments are those of :class:`emo2_mm.EMOv2`."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class PlainEMOv2(nn.Module):
 
 
 def copy_weights(emo2: EMOv2, plain: PlainEMOv2) -> None:
-    """Give the plain network the weights of an EMOv2: linear layers become 1x1 convolutions.
+    """Copy the weights of an EMOv2 to the baseline: linear layers become 1x1 convolutions.
 
     Raises:
         RuntimeError: If the two are not of the same arch; torch names the weights.

@@ -1,4 +1,4 @@
-"""Tables and plots of what benchmarks/benchmark.py measures; ``report.py DIR`` draws them anew."""
+"""Tables and plots of the benchmark; ``python benchmarks/report.py DIR`` draws them again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 BLUE, ORANGE, GREEN, VIOLET, GREY, INK = '#1f6feb', '#e8710a', '#1a7f37', '#8250df', '#9aa4b2', '#24292f'
 NETWORKS = {
-    'plain': ('plain network', GREY),
+    'plain': ('baseline', GREY),
     'eager': ('EMOv2', BLUE),
     'deployed': ('EMOv2, deployed', ORANGE),
 }
@@ -34,14 +34,14 @@ def errors(case: dict[str, Any]) -> str:
 
 
 def one_line(row: dict[str, Any]) -> str:
-    """Say the result of one case, or of one side of the scale."""
+    """Result of one case, or of one image size of the scale, as a line."""
     if 'side' in row:
         costs = (f'{name} {row[n]["seconds"] / row["megapixels"]:.2f}' for n, (name, _) in NETWORKS.items())
         return f'[cyan]scale-{row["side"]}[/] seconds per megapixel: {", ".join(costs)}'
     head = f'[cyan]{row["name"]}[/]'
     if not row['agrees']:
         return f'{head} [bold red]results differ[/], not timed; relative errors: {errors(row)}'
-    sides = f'plain {amount(row["plain"], row["unit"])}, EMOv2 {amount(row["emo2"], row["unit"])}'
+    sides = f'baseline {amount(row["plain"], row["unit"])}, EMOv2 {amount(row["emo2"], row["unit"])}'
     if row['unit'] == 'bytes':
         return f'{head} [bold]{row["ratio"]:.2f}[/] of the memory: {sides}'
     low, high = row['quartiles']
@@ -69,10 +69,10 @@ def table_of(title: str, *columns: str) -> Table:
 
 def case_table(cases: list[dict[str, Any]]) -> Table:
     title = (
-        'EMOv2 against the plain network. Ratio: plain / EMOv2 of time, EMOv2 / plain of memory.\n'
-        'Error: relative, of the maps / of the gradients'
+        'EMOv2 against the baseline. Ratio: baseline / EMOv2 of time, EMOv2 / baseline of memory.\n'
+        'Error: relative, of the feature maps / of the gradients'
     )
-    table = table_of(title, 'case', 'plain', 'EMOv2', 'ratio', 'quartiles', 'pairs', 'error')
+    table = table_of(title, 'case', 'baseline', 'EMOv2', 'ratio', 'quartiles', 'pairs', 'error')
     for case in cases:
         if not case['agrees']:
             table.add_row(case['name'], '', '', '[bold red]differs[/]', '', '', errors(case))
@@ -99,7 +99,7 @@ def scale_table(rows: list[dict[str, Any]]) -> Table:
 def peer_table(rows: list[dict[str, Any]]) -> Table:
     batches = list(rows[0]['images_per_second'])
     title = (
-        f'Peers, fp32: images/s with {" and ".join(batches)} at once; '
+        f'Comparable models, fp32: images/s with {" and ".join(batches)} at once; '
         'ORT: milliseconds of ONNX Runtime for one image; top-1 as reported'
     )
     speeds = (f'images/s, {batch}' for batch in batches)
@@ -116,7 +116,7 @@ def peer_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def operator_table(row: dict[str, Any]) -> Table:
-    title = f'{row["case"]}, {"EMOv2" if row["network"] == "emo2" else "plain network"}'
+    title = f'{row["case"]}, {"EMOv2" if row["network"] == "emo2" else "baseline"}'
     table = table_of(title, 'operator', 'share of time', 'ms a step', 'calls a step')
     for op in row['operators']:
         table.add_row(
@@ -190,9 +190,7 @@ def draw_cases(plt: Any, cases: list[dict[str, Any]], title: str) -> Any:
         axis.margins(x=0.1)
         timed = rows[0]['unit'] == 'seconds'
         axis.set_title(f'{title}: {"speed" if timed else "peak memory of training"}')
-        axis.set_xlabel(
-            'times as fast as the plain network' if timed else 'part of what the plain network needs'
-        )
+        axis.set_xlabel('speed-up over the baseline' if timed else 'fraction of the memory of the baseline')
     figure.legend(loc='lower left', ncols=len(KINDS), frameon=False, fontsize=10)
     return figure
 

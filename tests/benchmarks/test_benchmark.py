@@ -1,4 +1,4 @@
-"""tools/benchmark.py and its yardstick, the plain network, which EMOv2 has to equal in all its forms."""
+"""benchmarks/benchmark.py and its baseline, which every form of EMOv2 has to equal."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SMALL = (4, 96, 80, 3)  # batch, height, width, window
 
 
 def pair(arch: Any = TINY, window: int = 3, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
-    """The plain network and EMOv2 of the same visible weights."""
-    emo2 = benchmark.visible_emov2(arch, window, **kwargs)
+    """The baseline and an EMOv2 with the same random weights."""
+    emo2 = benchmark.randomized_emov2(arch, window, **kwargs)
     plain = PlainEMOv2(arch, window_size=window, **kwargs)
     copy_weights(emo2, plain)
     return plain.to(dtype), emo2.to(dtype)
@@ -58,7 +58,7 @@ class TestPlainNetwork:
 
     def test_weights_of_another_arch_are_refused(self) -> None:
         with pytest.raises(RuntimeError, match='size mismatch'):
-            copy_weights(benchmark.visible_emov2('1m', 7), PlainEMOv2('2m'))
+            copy_weights(benchmark.randomized_emov2('1m', 7), PlainEMOv2('2m'))
 
 
 class TestParity:
@@ -204,11 +204,11 @@ class TestTool:
                 assert case['ratio'] == case['emo2'] / case['plain']
                 assert 0 < case['saved'][1] < case['emo2']
             else:
-                programs = 1 if case['kind'] == 'train' else benchmark.PROGRAMS
+                processes = 1 if case['kind'] == 'train' else benchmark.PROCESSES
                 ratios = sorted(plain / emo2 for plain, emo2 in case['pairs'])
-                assert len(ratios) == 3 * programs
+                assert len(ratios) == 3 * processes
                 assert case['ratio'] == ratios[len(ratios) // 2]
-                assert len(case.get('programs', [1])) == programs
+                assert len(case.get('processes', [1])) == processes
         assert {f.name for f in tmp_path.iterdir()} == {'benchmark.json', 'benchmark.png'}
         assert capsys.readouterr().out.count('eager-1x32') == 2  # as it is measured, and in the table
 
