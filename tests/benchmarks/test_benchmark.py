@@ -255,7 +255,7 @@ class TestTool:
         found = json.loads((tmp_path / 'benchmark.json').read_text())['cases']
         assert [case['agrees'] for case in found] == [False, False]
         assert not any('pairs' in case for case in found)
-        assert 'network differ: eager-1x32 memory-4x96x80' in ' '.join(capsys.readouterr().out.split())
+        assert 'baseline differ: eager-1x32 memory-4x96x80' in ' '.join(capsys.readouterr().out.split())
 
     def test_not_a_number_is_no_agreement(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(benchmark, 'relative_error', lambda a, b: float('nan'))
