@@ -140,9 +140,11 @@ def directive(name: str, **options: Any) -> str:
 
 
 def package_page(name: str, folder: Path, modules: list[Path]) -> str:
-    """A package: its docstring, what it exports, and its modules."""
-    parts = [f'# {name}', directive(name, members='false')]
-    exports = exported(folder / '__init__.py', name)
+    """A package: its docstring, what it defines and exports, and its modules."""
+    body = ast.parse((folder / '__init__.py').read_text(encoding='utf-8')).body
+    defined = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    parts = [f'# {name}', directive(name, members=json.dumps(defined) if defined else 'false')]
+    exports = exported(body, name)
     if exports:
         parts.append('\n'.join(f'- [`{name}.{export}`][{target}]' for export, target in exports))
     for path in modules:
@@ -150,10 +152,10 @@ def package_page(name: str, folder: Path, modules: list[Path]) -> str:
     return '\n\n'.join(parts)
 
 
-def exported(init: Path, name: str) -> list[tuple[str, str]]:
+def exported(body: list[ast.stmt], name: str) -> list[tuple[str, str]]:
     """Names that a package imports from its modules for its users, with the names of their definitions."""
     found = []
-    for node in ast.parse(init.read_text(encoding='utf-8')).body:
+    for node in body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
             found += [(a.name, f'{name}.{node.module}.{a.name}') for a in node.names if a.name[0] != '_']
     return sorted(found)
