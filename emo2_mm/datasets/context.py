@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Any, Iterator
-from unittest.mock import patch
+from typing import Any
 
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.logging import print_log
 from mmengine.runner import Runner
+
+from ..config import iter_nodes
 
 
 class FaultyData(RuntimeError):
@@ -90,33 +90,24 @@ def report_failing_files(runner: Runner) -> None:
     runner.build_dataloader = build_dataloader
 
 
-@contextmanager
-def log_dropped_annotations(scope: str | None) -> Iterator[None]:
-    """Log how many boxes and images MMDetection's CocoDataset leaves out as it reads its annotations."""
-    if scope != 'mmdet':
-        yield
-        return
-    from mmdet.datasets import CocoDataset
+OWN_TYPES = {  # type in a config -> the one here that takes data as people have it
+    'CocoDataset': 'emo2_mm.datasets.coco.CocoDataset',
+    'CocoMetric': 'emo2_mm.datasets.coco.CocoMetric',
+    'BaseSegDataset': 'emo2_mm.datasets.segmentation.SegDataset',
+    'CustomDataset': 'emo2_mm.datasets.classification.FolderDataset',
+}
 
-    parse, select = CocoDataset.parse_data_info, CocoDataset.filter_data
-    boxes = dict(given=0, kept=0)  # since the last data set
 
-    def parse_data_info(self: CocoDataset, raw: dict[str, Any]) -> Any:
-        boxes['given'] += len(raw['raw_ann_info'])
-        info = parse(self, raw)
-        boxes['kept'] += len(info['instances'])
-        return info
+def use_own_datasets(cfg: Config) -> None:
+    """Name the datasets and metrics of :data:`OWN_TYPES` in a config, in place of those they derive from.
 
-    def filter_data(self: CocoDataset) -> list[dict[str, Any]]:
-        before, found = len(self.data_list), select(self)
-        tell(boxes['kept'], boxes['given'], 'boxes (no area, outside, or of no class of the config)', self)
-        tell(len(found), before, 'images (no boxes, or too small)', self)
-        boxes.update(given=0, kept=0)
-        return found
-
-    def tell(kept: int, given: int, what: str, dataset: CocoDataset) -> None:
-        if kept < given:
-            print_log(f'{dataset.ann_file}: {given - kept} of {given} {what} are left out', 'current')
-
-    with patch.multiple(CocoDataset, parse_data_info=parse_data_info, filter_data=filter_data):
-        yield
+    What derives from these, such as ``ADE20KDataset``, stays as it is.
+    """
+    scope = cfg.get('default_scope')
+    for stage in ('train', 'val', 'test'):
+        loader, evaluator = cfg.get(f'{stage}_dataloader') or {}, cfg.get(f'{stage}_evaluator') or []
+        for _, node in iter_nodes([loader.get('dataset') or [], evaluator], stage):
+            kind = node.get('type')
+            name = kind.replace(f'{scope}.', '') if isinstance(kind, str) else None
+            if name in OWN_TYPES:
+                node['type'] = OWN_TYPES[name]

@@ -11,7 +11,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 from ..config import innermost_dataset
-from ..datasets.context import report_failing_files
+from ..datasets.context import report_failing_files, use_own_datasets
 from ..datasets.custom import apply_custom_dataset
 from ..errors import UserError
 from .preflight import check_checkpoint, check_data
@@ -46,6 +46,7 @@ def test(
     """
     install_safe_loader()
     apply_custom_dataset(cfg)
+    use_own_datasets(cfg)
     segments = cfg.get('default_scope') == 'mmseg'
     if out and not segments and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out is {out}; give a name that ends in .pkl')

@@ -137,16 +137,16 @@ def check_checkpoint(path: str | None, entry: str) -> None:
 def check_pretrained(cfg: Config) -> None:
     """End the program if a part of the model starts from a file that is not there.
 
-    A run that resumes has all weights in its own checkpoint: it goes on without that file.
+    A run that starts from ``load_from``, or resumes, has all weights there: it goes on without that file.
     """
-    resumes = cfg.get('resume', False) and cfg.get('load_from')
+    loaded = cfg.get('load_from')
     for key, node in list(iter_nodes(cfg.model, 'model')):
         inits = node.get('init_cfg') or []
         for init in [inits] if isinstance(inits, dict) else inits:
             file = os.path.expanduser(init.get('checkpoint') or '')
             if init['type'] != 'Pretrained' or not file or not is_missing(file):
                 continue
-            if resumes:
+            if loaded:
                 node['init_cfg'] = None
                 continue
             raise UserError(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
+from typing import Iterator
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from ..datasets.context import log_dropped_annotations, report_failing_files
+from ..datasets.context import report_failing_files, use_own_datasets
 from ..datasets.custom import apply_custom_dataset
 from ..errors import UserError, note
 from .hooks import CheckInvalidLossHook
 from .preflight import check_checkpoint, check_data, check_pretrained
-from .resume import find_resumable, install_safe_loader
+from .resume import ContinueHook, find_resumable, install_safe_loader
 from .runner import NO_BFLOAT16_NMS, build_runner
 
 BFLOAT16 = 'emo2_mm.engine.optim_wrapper.BFloat16OptimWrapper'
@@ -41,17 +43,23 @@ def train(
         UserError: If an option or a file that the config names cannot be used, or the disk is full.
     """
     install_safe_loader()
+    if not validate:
+        cfg.val_cfg = None
     apply_custom_dataset(cfg)
     apply_options(cfg, amp, auto_scale_lr, validate, resume)
+    use_own_datasets(cfg)
     check_data(cfg, 'train', 'val')
+    if cfg.get('load_from') and '://' not in cfg.load_from:
+        cfg.load_from = os.path.expanduser(cfg.load_from)
     check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from')
     find_resumable(cfg)
     check_pretrained(cfg)
     try:
         runner = build_runner(cfg)
         runner.register_hook(CheckInvalidLossHook())  # not through the config, which other programs read
+        runner.register_hook(ContinueHook())
         report_failing_files(runner)
-        with log_dropped_annotations(cfg.get('default_scope')):
+        with explained_batch_norm(cfg):
             runner.train()
     except OSError as error:
         paths = [os.path.abspath(path) for path in (error.filename, cfg.work_dir) if path]
@@ -64,10 +72,34 @@ def train(
         ) from error
 
 
+@contextmanager
+def explained_batch_norm(cfg: Config) -> Iterator[None]:
+    """Explain torch's error about a batch norm that gets a single value per channel.
+
+    Raises:
+        UserError: In its place; it names the batch size.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        size = cfg.train_dataloader.batch_size
+        remedy = (
+            'give 2 or more images a batch' if size == 1 else 'drop_last=True drops a last one of 1 image'
+        )
+        raise UserError(
+            'a batch norm cannot train on one value per channel, which a batch of one image has where maps '
+            f'are 1 x 1 pixels; train_dataloader.batch_size is {size}: {remedy}'
+        ) from error
+
+
 def apply_options(cfg: Config, amp: bool, auto_scale_lr: bool, validate: bool, resume: str | None) -> None:
     """Write the arguments of :func:`train` into the config."""
     if not validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        if cfg.get('test_cfg') is None:
+            cfg.test_dataloader = cfg.test_evaluator = None
 
     on_cpu = get_device() == 'cpu'
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
