@@ -29,6 +29,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image, UnidentifiedImageError
 
 from .config import innermost_dataset
+from .errors import printable
+from .fonts import use_font_for
 from .weights.read import read_checkpoint
 
 Prediction = Tuple[Dict[str, Any], str, np.ndarray]  # for the file, in words, drawn (H, W, 3) in RGB
@@ -165,7 +167,11 @@ def segment(inferencer: Any, path: Path, image: np.ndarray, score_thr: float) ->
     sample = inferencer(str(path), return_datasamples=True)
     found = sample.pred_sem_seg
     found.data = found.data.cpu().numpy()  # a tensor of one pixel could not be drawn
-    picture = inferencer.visualize([str(path)], [sample], return_vis=True, opacity=0.6)[0]
+    # mmseg writes names with OpenCV, which has ASCII only
+    ascii_names = all(name.isascii() for name in inferencer.model.dataset_meta['classes'])
+    picture = inferencer.visualize(
+        [str(path)], [sample], return_vis=True, opacity=0.6, with_labels=ascii_names
+    )[0]
     labels, counts = np.unique(found.data, return_counts=True)
     classes = inferencer.model.dataset_meta['classes']
     segments = [
@@ -208,9 +214,9 @@ def write(out: Path, path: Path, image: np.ndarray, entries: dict[str, Any], pic
             entries['map'].astype(np.uint16 if entries['map'].max() > 255 else np.uint8),
             str(out / f'preds/{path.name}.png'),
         )
-        entries['map'] = f'preds/{path.name}.png'
+        entries['map'] = printable(f'preds/{path.name}.png')
     height, width = image.shape[:2]
-    entries = dict(image=str(path), width=width, height=height, **entries)
+    entries = dict(image=printable(path), width=width, height=height, **entries)
     name = path.name if path.suffix.lower() in ('.jpg', '.jpeg', '.png') else f'{path.name}.jpg'
     mmcv.imwrite(mmcv.rgb2bgr(picture), str(out / 'vis' / name))
     lines = [f'  {json.dumps(key)}: {to_json(value)}' for key, value in entries.items()]
@@ -250,6 +256,14 @@ def infer(
         inferencer = init_inferencer(cfg, str(checkpoint), device or get_device())
     for name in ('vis', 'preds'):
         (out / name).mkdir(parents=True, exist_ok=True)
+    names = (
+        inferencer.model.dataset_meta['classes'] if cfg.default_scope != 'mmpretrain' else inferencer.classes
+    )
+    missing = use_font_for(names)
+    if cfg.default_scope == 'mmseg' and not all(name.isascii() for name in names):
+        missing = 'class names are not drawn: MMSegmentation has a font with ASCII characters only'
+    if missing:
+        print(f'note: {missing}', flush=True)
     predict = PREDICT[cfg.default_scope]
     skipped = []
     start = time.time()
@@ -258,12 +272,13 @@ def infer(
             image = read_image(path)
             entries, words, picture = predict(inferencer, path, image, score_thr)
         except (OSError, RuntimeError, ValueError, cv2.error) as error:
-            skipped.append(path.name)
+            skipped.append(printable(path.name))
             words = f'skipped, {" ".join(str(error).split())}'
         else:
             write(out, path, image, entries, picture)
         left = timedelta(seconds=round((time.time() - start) / number * (len(paths) - number)))
-        print(f'[{number}/{len(paths)}, {left} left] {path.name}: {words}', flush=True)
+        line = f'[{number}/{len(paths)}, {left} left] {path.name}: {words}'
+        print(printable(line), flush=True)
     print(f'{len(paths) - len(skipped)} pictures in {out}/vis, as JSON in {out}/preds')
     if skipped:
         print(f'{len(skipped)} of {len(paths)} files were skipped: {", ".join(skipped)}', file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import time
 from contextlib import contextmanager
 from typing import Iterator
@@ -21,10 +23,22 @@ def local_rank() -> int:
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
+def printable(text: str | os.PathLike) -> str:
+    """The text with bytes that are not UTF-8, as file names from other systems may hold, as escapes."""
+    return os.fspath(text).encode('utf-8', 'backslashreplace').decode()
+
+
 def note(message: str) -> None:
     """Print a line, from the first process of each machine."""
     if local_rank() == 0:
-        print(message, flush=True)
+        print(printable(message), flush=True)
+
+
+def print_any_name() -> None:
+    """Let this program print names that its terminal cannot show, with escapes in their place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 @contextmanager
@@ -36,13 +50,14 @@ def reported() -> Iterator[None]:
     Raises:
         SystemExit: In place of the ``UserError``.
     """
+    print_any_name()
     try:
         yield
     except InvalidLossError as error:
-        raise SystemExit(f'error: {error}') from None
+        raise SystemExit(printable(f'error: {error}')) from None
     except UserError as error:
         if local_rank() != 0:
             # A launcher ends all processes once one has exited: let the first be the one that prints.
             time.sleep(10)
             raise SystemExit(1) from None
-        raise SystemExit(f'error: {error}') from None
+        raise SystemExit(printable(f'error: {error}')) from None

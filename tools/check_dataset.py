@@ -39,8 +39,9 @@ def main() -> int:
     # After the arguments are read: importing torch takes seconds
     from emo2_mm.config import load_config
     from emo2_mm.datasets.check import check_datasets
-    from emo2_mm.errors import UserError
+    from emo2_mm.errors import UserError, print_any_name
 
+    print_any_name()
     try:
         cfg = load_config(args.config, args.cfg_options)
         return 1 if check_datasets(cfg, args.split, args.max_shown) else 0

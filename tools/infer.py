@@ -49,6 +49,9 @@ def main() -> int:
     warnings.simplefilter('ignore')
     # After the arguments are read: importing torch takes seconds
     from emo2_mm.apis import infer
+    from emo2_mm.errors import print_any_name
+
+    print_any_name()
 
     try:
         skipped = infer(args.config, args.checkpoint, args.images, args.out, args.device, args.score_thr)

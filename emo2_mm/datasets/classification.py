@@ -7,9 +7,9 @@ from typing import Any, Sequence
 
 from mmpretrain.datasets import CustomDataset
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from .files import IMAGE_SUFFIXES, list_files, subfolders
-from .report import Report, printable
+from .report import Report
 
 
 class FolderDataset(CustomDataset):

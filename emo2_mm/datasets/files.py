@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..errors import UserError
-from .report import printable
+from ..errors import UserError, printable
 
 # What OpenCV, which loads images, reads in any build of it
 IMAGE_SUFFIXES = (

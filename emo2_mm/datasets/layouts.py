@@ -28,10 +28,10 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 from mmengine.config import Config
 
 from ..config import innermost_dataset, iter_nodes
-from ..errors import UserError, note
+from ..errors import UserError, note, printable
 from .coco_file import match_names, read_coco
 from .files import decode, describe, is_hidden, list_files, subfolders
-from .report import Report, printable, repeated
+from .report import Report, repeated
 
 SPLITS = {
     'train': ('train', 'training', 'train2017'),
@@ -64,9 +64,9 @@ def _reported(fit: Callable[[Config, Path, Report], tuple[int, list[str]]]) -> F
                 )
         report = Report()
         count, classes = fit(cfg, root, report)
-        odd = [name for name in classes if name != printable(name)]
-        if odd:
-            raise UserError(f'{root}: the class {printable(odd[0])} is not written in UTF-8: rename it')
+        odd = [name for name in [str(root), *classes] if name != printable(name)]
+        if odd:  # the config could not be saved
+            raise UserError(f'the name {printable(odd[0])} in {printable(str(root))} is not UTF-8: rename it')
         report.tell()
         return count, classes
 
@@ -409,7 +409,7 @@ def _fit_folders(cfg: Config, root: Path, report: Report) -> tuple[int, list[str
         near = [name for name in classes if name.lower() == odd[0].lower()]
         hint = f' (there is {near[0]})' if near else ''
         raise UserError(
-            f'{folders["val"]} has classes that {folders["train"]} lacks: {", ".join(odd)}{hint}; their names '
+            f'{folders["val"]} has classes that {folders["train"]} lacks: {", ".join(odd)}{hint}; the names '
             'have to be the same'
         )
     if 'val' in folders:

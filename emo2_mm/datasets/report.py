@@ -12,7 +12,7 @@ from typing import Any, Iterable, NamedTuple
 
 from mmengine.logging import print_log
 
-from ..errors import UserError, note
+from ..errors import UserError, note, printable
 
 ERROR, WARNING = 'error', 'warning'
 
@@ -260,11 +260,6 @@ class Report:
                     print(f'    and {len(places) - max_shown} more')
         print(f'\n{totals[0]} errors, {totals[1]} warnings')
         return totals[0]
-
-
-def printable(text: str) -> str:
-    """The text with bytes that are not UTF-8, as file names may hold, as escapes."""
-    return text.encode('utf-8', 'backslashreplace').decode()
 
 
 def repeated(names: Iterable[Any]) -> list[Any]:
