@@ -159,6 +159,8 @@ def load_config(
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'--cfg-options {" ".join(cfg_options or ())}: {error}') from None
+    if 'data_format' in cfg:  # a custom config: what is given by name has the last word there
+        cfg.cfg_options = options
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:

@@ -1,78 +1,97 @@
-"""Custom datasets: complete a config ``configs/*/*_custom.py`` from the data in a folder.
+"""Custom datasets: complete a config ``configs/*/*_custom.py`` from a folder of data and from its options.
 
-    python tools/train.py configs/det/retinanet_emo2_1m_custom.py --cfg-options data_root=PATH
+    python tools/train.py configs/det/retinanet_emo2_custom.py --cfg-options data_root=PATH arch=2m
 
-What PATH holds is described in :mod:`emo2_mm.datasets.layouts`.
+What PATH holds is described in :mod:`emo2_mm.datasets.layouts`, the options in
+:mod:`emo2_mm.datasets.options`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
+from mmengine.device import get_device
 
 from ..config import iter_nodes
-from ..errors import UserError, note
-from . import layouts
+from ..errors import note
+from . import layouts, options
+from .convert import split_dataset
 
-BEST = {'coco': 'coco/bbox_mAP', 'maps': 'mIoU', 'folders': 'accuracy/top1'}
-IMAGES_SEEN = 15000  # of the short schedule, within these bounds
-EPOCHS = (12, 100)
+# What the parts were built from
+LEFTOVERS = ('dataset', 'crop', 'checkpoint', 'norm_cfg', 'train_pipeline', 'test_pipeline', 'vis_backends')
 
 
 def apply_custom_dataset(cfg: Config) -> None:
-    """Give a config for own data its classes, data sets and schedule; leave any other config as it is.
+    """Give a custom config its classes, data sets, options and schedule; leave any other config as it is.
 
     What comes out is a plain config: the one that training saves in its work dir needs no ``data_root``.
-    Ends the program, naming file and remedy, if the data is not as the module says.
+
+    Args:
+        cfg: Config as :func:`~emo2_mm.config.load_config` returns it; it is changed.
+
+    Raises:
+        UserError: If the data or an option cannot be used; the message names file and remedy.
     """
     if 'data_format' not in cfg:
         return
-    form, root, epochs = cfg.pop('data_format'), cfg.pop('data_root'), cfg.pop('max_epochs')
-    if not root:
-        raise UserError(
-            f'{cfg.filename} is for own data; say where it is: --cfg-options data_root=PATH\n'
-            f'{layouts.__doc__}'
-        )
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise UserError(f'data_root is {root}, but there is no folder {root.absolute()}')
-    images, classes = layouts.FORMATS[form](cfg, root)
-    _set_batch(cfg, images)
+    given: dict[str, Any] = cfg.pop('cfg_options', {})
+    file = Config.fromfile(cfg.filename, import_custom_modules=False)
+    opts = options.take_options(cfg, given, file)
+    chosen = _apply_to_model(cfg, opts, file, given)
+    if opts.tensorboard:
+        options.add_tensorboard(cfg)
+
+    root = opts.data_root
+    if opts.val_fraction is not None:
+        root = split_dataset(root, opts.data_format, opts.val_fraction, cfg.work_dir)
+    images, classes = layouts.FORMATS[opts.data_format](cfg, root)
     for _, part in iter_nodes([cfg.model, cfg.get('data_preprocessor') or {}], 'model'):
         if 'num_classes' in part:
             part.num_classes = len(classes)
-    if epochs is None:
-        epochs = min(max(round(IMAGES_SEEN / images), EPOCHS[0]), EPOCHS[1])
-    _set_schedule(cfg, epochs)
-    cfg.default_hooks.checkpoint.save_best = BEST[form]
-    _train_all_without_weights(cfg.model.backbone)
-    for name in ('dataset', 'crop', 'checkpoint', 'train_pipeline', 'test_pipeline'):
-        cfg.pop(name, None)  # what the parts were built from
-    note(
-        f'{root}: {images} images to train on, {epochs} epochs; {len(classes)} classes: {", ".join(classes)}'
-    )
+
+    batch = options.set_batch(cfg, opts.batch_size or options.usual_batch(cfg, file), images)
+    lr = options.set_lr(cfg, opts.lr)
+    epochs = options.set_schedule(cfg, opts.max_epochs, images)
+    workers = options.set_workers(cfg)
+    for name in LEFTOVERS:
+        cfg.pop(name, None)
+    # Settings by MMEngine's names have the last word; the batch size was bounded above
+    last = {
+        key: value
+        for key, value in given.items()
+        if key not in (*options.Options._fields, *options.SAME.values())
+    }
+    cfg.merge_from_dict({key: value for key, value in last.items() if key not in LEFTOVERS})
+    note(f'{root}: {images} images to train on; {len(classes)} classes: {", ".join(classes)}')
+    note(f'{epochs} epochs, batches of {batch}, learning rate {lr}, {workers} loading processes; {chosen}')
 
 
-def _set_batch(cfg: Config, images: int) -> None:
-    """Leave the last, smaller batch of an epoch out: a batch norm cannot learn from one value a channel."""
-    loader = cfg.train_dataloader
-    loader.batch_size = min(loader.batch_size, images)
-    if not loader.get('batch_sampler'):
-        loader.drop_last = True
-
-
-def _set_schedule(cfg: Config, epochs: int) -> None:
-    cfg.train_cfg = ConfigDict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1)
-    decay = dict(eta_min=0.0, begin=0, end=epochs, by_epoch=True, convert_to_iter_based=True)
-    cfg.param_scheduler = [
-        ConfigDict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-        ConfigDict(type='CosineAnnealingLR', **decay),
-    ]
-
-
-def _train_all_without_weights(backbone: ConfigDict) -> None:
-    """Do not freeze randomly initialized stages."""
-    if not backbone.get('init_cfg') and 'frozen_stages' in backbone:
-        backbone.update(frozen_stages=-1, norm_eval=False)
-        note('The backbone starts from random weights: none of its stages is frozen.')
+def _apply_to_model(cfg: Config, opts: options.Options, file: Config, given: dict[str, Any]) -> str:
+    """Apply what the network and its input depend on; return it in words."""
+    model, backbone = cfg.model, cfg.model.backbone
+    words = []
+    if isinstance(opts.arch, str):
+        options.set_arch(model, file.model.backbone.arch, opts.arch)
+        words.append(f'arch {opts.arch}')
+    start = options.set_pretrained(backbone, opts.arch, opts.pretrained, bool(cfg.get('load_from')))
+    words.append(f'from {start}')
+    if 'light_head' in file:
+        light = opts.light_head
+        if light is None:
+            light = options.head_of_checkpoint_is_light(cfg.get('load_from'))
+        if light is None:
+            light = opts.arch in ('1m', '2m') and model.neck.out_channels == 256
+        if light:
+            options.set_light_head(model)
+            words.append('a light head (light_head=False is the published one)')
+    size, own = opts.image_size, options.own_size(cfg, given)
+    if size is None and not own and get_device() == 'cpu' and model.type in options.CPU_SIZES:
+        side = options.CPU_SIZES[model.type]
+        size = (side, side)
+        words.append(f'no GPU, hence images of {side} pixels (image_size=N)')
+    elif size:
+        words.append('images of {} x {} pixels (height x width)'.format(*size))
+    if size:
+        options.set_image_size(cfg, size)
+    return ', '.join(words)

@@ -1,0 +1,30 @@
+# RetinaNet on EMOv2 for your own data; docs/own_data.md has the data and the options:
+#   python tools/train.py configs/det/retinanet_emo2_custom.py --cfg-options data_root=PATH arch=2m
+_base_ = './retinanet_emo2_1m.py'
+
+# Options. What a None stands for is chosen from the data and the machine, and printed.
+data_format = 'coco'
+data_root = None  # the folder of the data
+val_fraction = None  # share of the images to split off, of data without a validation split
+arch = '1m'  # 1m, 2m, 5m, 20m or 50m
+light_head = None  # fewer channels in neck and head: as a default for 1m and 2m
+image_size = None  # pixels: one number, or height,width
+pretrained = 'imagenet'  # published ImageNet weights; or a file, an address, or none
+max_epochs = None
+batch_size = None  # of each GPU
+lr = None
+tensorboard = False  # log for TensorBoard, too
+
+model = dict(
+    backbone=dict(frozen_stages=-1, norm_eval=False)
+)  # unlike COCO, own data may be far from ImageNet
+train_dataloader = dict(batch_size=8)
+optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10.0))
+auto_scale_lr = dict(base_batch_size=8)  # of the learning rate
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=None),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=True, begin=0, end=None, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=None, val_interval=1)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(save_best='coco/bbox_mAP'))
+custom_hooks = [dict(type='emo2_mm.analysis.results.ResultsHook')]  # pictures of the results in the work dir
