@@ -21,6 +21,7 @@ import filecmp
 import functools
 import os
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from mmengine.config import Config
 from ..config import innermost_dataset, iter_nodes
 from ..errors import UserError, note, printable
 from .coco_file import match_names, read_coco
+from .convert import FORMATS as FOREIGN
+from .convert import recognise
 from .files import decode, describe, is_hidden, list_files, subfolders
 from .report import Report, repeated
 
@@ -63,7 +66,13 @@ def _reported(fit: Callable[[Config, Path, Report], tuple[int, list[str]]]) -> F
                     'data_root, only wrappers of one dataset can be used, such as ClassBalancedDataset'
                 )
         report = Report()
-        count, classes = fit(cfg, root, report)
+        try:
+            count, classes = fit(cfg, root, report)
+        except UserError as error:
+            hint = _foreign(root, fit.__name__)
+            if not hint:
+                raise
+            raise type(error)(f'{error}{hint}') from None
         odd = [name for name in [str(root), *classes] if name != printable(name)]
         if odd:  # the config could not be saved
             raise UserError(f'the name {printable(odd[0])} in {printable(str(root))} is not UTF-8: rename it')
@@ -71,6 +80,19 @@ def _reported(fit: Callable[[Config, Path, Report], tuple[int, list[str]]]) -> F
         return count, classes
 
     return run
+
+
+def _foreign(root: Path, fit: str) -> str:
+    """A line about the format of a folder that a config cannot read, and the command that converts it."""
+    kind = recognise(root)
+    native = {'_fit_coco': ('coco', 'masks', 'folders'), '_fit_maps': ('folders',)}
+    if kind is None or kind in native.get(fit, FOREIGN):
+        return ''
+    to = ' --to maps' if fit == '_fit_maps' and kind != 'masks' else ''
+    return (
+        f'\n{root} looks like {FOREIGN[kind]}; this writes it in the layout that is read here:\n'
+        f'  python tools/convert_dataset.py {shlex.quote(str(root))} NEW_FOLDER{to}'
+    )
 
 
 def _no_folder(root: Path) -> str:
@@ -117,10 +139,11 @@ def _find(folder: Path, names: Iterable[str], folders: bool = True) -> Path | No
 
 def _refuse(root: Path, split: str, wanted: str) -> NotFound:
     """What is looked for and what is there; a layout one folder below is named."""
-    below = [name for name in subfolders(root) if set(subfolders(root / name)) & set(SPLITS['train'])]
+    tops = [name for name in subfolders(root) if name.lower() not in (*IMAGE_FOLDERS, *MAP_FOLDERS)]
+    below = [name for name in tops if set(subfolders(root / name)) & set(SPLITS['train'])]
     hint = f'\nPerhaps data_root={root / below[0]}' if len(below) == 1 else ''
     if split == 'val' and not hint:
-        hint = '\n--no-validate trains without a validation split'
+        hint = '\nval_fraction=0.2 splits some images off; --no-validate trains without a validation split'
     return NotFound(f'{root} has no {wanted}; {describe(root)}{hint}')
 
 

@@ -10,6 +10,7 @@ from mmengine.config import Config, ConfigDict
 
 from ..config import iter_nodes
 from ..errors import UserError
+from ..weights.released import how_to_fetch
 
 # Folder name in a path -> where the data set comes from and how it lies; the first name found counts.
 LAYOUTS = {
@@ -149,10 +150,11 @@ def check_pretrained(cfg: Config) -> None:
             if loaded:
                 node['init_cfg'] = None
                 continue
+            fetch = how_to_fetch(file)
             raise UserError(
                 f'{key}.init_cfg starts from {init["checkpoint"]!r}, but there is no file '
                 f'{os.path.abspath(file)}\n'
-                f'Put the weights there, name others with --cfg-options '
-                f'{key}.init_cfg.checkpoint=FILE, or start from random ones with '
-                f'--cfg-options {key}.init_cfg=None'
+                f'{fetch or "Put the weights there."}\n'
+                f'Or name others with --cfg-options {key}.init_cfg.checkpoint=FILE, or start from random '
+                f'ones with {key}.init_cfg=None (custom configs: pretrained=FILE, pretrained=none)'
             )

@@ -534,3 +534,34 @@ def test_tool_prints_the_next_command(tmp_path: Path) -> None:
     )
     again = run(tmp_path, 'convert_dataset.py', 'my data', 'dst')
     assert (again.returncode, again.stderr) == (1, 'error: dst exists and is not empty; give a new folder\n')
+
+
+@pytest.mark.parametrize(
+    ('make', 'name', 'command'),
+    [
+        (write_yolo, 'det/retinanet', 'looks like YOLO'),
+        (write_voc, 'det/ssdlite', 'looks like Pascal VOC'),
+        (write_labelme, 'seg/segformer', 'NEW_FOLDER --to maps'),
+        (write_cvat, 'det/mask-rcnn', 'looks like CVAT XML'),
+        (write_colours, 'seg/fpn', 'looks like images with masks'),
+    ],
+)
+def test_training_names_the_command(tmp_path: Path, make: Callable, name: str, command: str) -> None:
+    """A folder in a foreign format is refused with what it is and what converts it."""
+    make(tmp_path / 'my data')
+    cfg = load_config(ROOT / f'configs/{name}_emo2_custom.py', [f'data_root={tmp_path}/my data'])
+    with pytest.raises(UserError) as caught:
+        apply_custom_dataset(cfg)
+    assert command in str(caught.value)
+    assert f"python tools/convert_dataset.py '{tmp_path}/my data' NEW_FOLDER" in str(caught.value)
+
+
+def test_one_split_is_no_foreign_format(tmp_path: Path) -> None:
+    write_coco(tmp_path / 'src')
+    convert_dataset(tmp_path / 'src', tmp_path / 'dst')
+    (tmp_path / 'dst/annotations/val.json').unlink()
+    cfg = load_config(ROOT / 'configs/det/retinanet_emo2_custom.py', [f'data_root={tmp_path}/dst'])
+    with pytest.raises(UserError) as caught:
+        apply_custom_dataset(cfg)
+    assert 'val_fraction=0.2 splits some images off' in str(caught.value)
+    assert 'convert_dataset' not in str(caught.value)
