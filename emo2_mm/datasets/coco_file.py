@@ -218,9 +218,11 @@ def match_names(images: list[dict], folder: str, file: Any, report: Report) -> N
         found = next(filter(None, map(look, tries)), None)
         if found is None:
             report.add('IMG001', f'{os.path.join(folder, name)}, which {file} names')
-        elif found != os.path.normpath(name):
+            continue
+        found = os.path.normpath(found)
+        if found != os.path.normpath(name):
             report.add('COCO043', f'{file}: {name!r} is {os.path.join(folder, found)}')
-            image['file_name'] = found.replace(os.sep, '/')
+        image['file_name'] = found.replace(os.sep, '/')
 
 
 def _plain(name: str) -> str:
@@ -377,13 +379,15 @@ def _read_categories(
         if len(set(names)) > 1:
             report.add('COCO004', f'{file}: {i!r} of {" and ".join(names)}')
     supers = Counter(category.get('supercategory') for category in categories)
+    names = Counter(category['name'] for category in categories)
     kept: dict[str, dict] = {}
     ids = {}
     roots = []
     for category in categories:
         name, parent = category['name'], category.get('supercategory')
         others = supers[name] - (parent == name)
-        if not counts[category['id']] and others and parent != name and name not in (classes or ()):
+        needed = name in (classes or ()) and names[name] == 1
+        if not counts[category['id']] and others and parent != name and not needed:
             roots.append(category)
         elif name in kept:
             ids[category['id']] = kept[name]['id']
