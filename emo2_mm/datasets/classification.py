@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any, Sequence
 
 from mmpretrain.datasets import CustomDataset
 
 from ..errors import UserError, printable
-from .files import IMAGE_SUFFIXES, list_files, subfolders
+from .files import IMAGE_SUFFIXES, in_words, list_files, subfolders
 from .report import Report
 
 
@@ -44,15 +45,18 @@ class FolderDataset(CustomDataset):
         self.folder_to_idx = (
             {n: classes.index(n) for n in names} if not odd else {n: i for i, n in enumerate(names)}
         )
-        samples, report = [], Report()
+        samples, report, empty = [], Report(), []
+        others: Counter = Counter()
         for name, label in self.folder_to_idx.items():
             folder = os.path.join(self.img_prefix, name)
             listing = list_files(folder, self.extensions)
             samples += [(f'{name}/{image}', label) for image in listing.images]
-            if not listing.images:
-                report.add('CLS022', folder)
-            if listing.others:
-                report.add('IMG017', f'{folder}: {listing.left_out}')
+            others += listing.others
+            empty += [] if listing.images else [name]
+        if empty:
+            report.add('CLS022', f'{self.img_prefix}: {", ".join(empty)}')
+        if others:
+            report.add('IMG017', f'{self.img_prefix}: {in_words(others)}')
         if not samples:
             raise UserError(
                 f'{self.img_prefix} has no image in the folders of its classes; suffixes that can be read: '

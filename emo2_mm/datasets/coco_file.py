@@ -89,14 +89,20 @@ def arrange_categories(
             'COCO006', f'{file}: it has {", ".join(by_name) or "none"}; the config {", ".join(classes)}'
         )
     else:
-        report.add('COCO032', *(f'{file}: {name!r}' for name in classes if name not in by_name))
-    report.add('COCO033', *(f'{file}: {name!r}' for name in by_name if name not in classes))
+        _add_names('COCO032', [name for name in classes if name not in by_name], file, report)
+    _add_names('COCO033', [name for name in by_name if name not in classes], file, report)
     free = max((c['id'] for c in categories if isinstance(c['id'], int)), default=0) + 1
     arranged = []
     for name in classes:
         arranged.append(by_name.pop(name, None) or dict(id=free, name=name))
         free += arranged[-1]['id'] == free
     return arranged + list(by_name.values())
+
+
+def _add_names(code: str, names: list[str], file: Any, report: Report) -> None:
+    """Add a finding about classes, all of which are named."""
+    if names:
+        report.add(code, f'{file}: {", ".join(map(repr, names))}')
 
 
 def _load(file: Path, report: Report) -> dict[str, Any]:
@@ -398,7 +404,7 @@ def _read_categories(
         report.add('COCO030', f'{file}: {root["name"]!r} (id {root["id"]!r}), supercategory of the others')
     if classes is None:
         used = {ids.get(i, i) for i in counts}
-        report.add('COCO034', *(f'{file}: {name!r}' for name, c in kept.items() if c['id'] not in used))
+        _add_names('COCO034', [name for name, c in kept.items() if c['id'] not in used], file, report)
     return list(kept.values()), ids
 
 
@@ -476,8 +482,7 @@ def _read_crowds(annotations: list[dict], categories: list[dict], file: Any, rep
         counts = Counter(annotation['category_id'] for annotation in annotations)
         ignored = Counter(annotation['category_id'] for annotation in crowds)
         names = {category['id']: category['name'] for category in categories}
-        lost = [f'{file}: {names[i]!r}: {n} crowds' for i, n in ignored.items() if n == counts[i]]
-        report.add('COCO024', *lost)
+        _add_names('COCO024', [names[i] for i, n in ignored.items() if n == counts[i]], file, report)
 
 
 def _check_masks(annotations: list[dict], sizes: dict, file: Any, report: Report) -> None:

@@ -69,13 +69,10 @@ class Listing(NamedTuple):
     images: list[str]
     others: Counter
 
-    @property
-    def left_out(self) -> str:
-        """What is not loaded, in words; empty if there is none."""
-        counts = sorted(self.others.items())
-        return ', '.join(
-            f'{count} file{"s" * (count > 1)} {name or "without suffix"}' for name, count in counts
-        )
+
+def in_words(others: Counter) -> str:
+    """Numbers of files by suffix, in words."""
+    return ', '.join(f'{count} x {name or "no suffix"}' for name, count in sorted(others.items()))
 
 
 def list_files(folder: str | os.PathLike, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Listing:

@@ -33,7 +33,7 @@ from ..errors import UserError, note, printable
 from .coco_file import match_names, read_coco
 from .convert import FORMATS as FOREIGN
 from .convert import recognise
-from .files import decode, describe, is_hidden, list_files, subfolders
+from .files import decode, describe, in_words, is_hidden, list_files, subfolders
 from .report import Report, repeated
 
 SPLITS = {
@@ -142,7 +142,7 @@ def _refuse(root: Path, split: str, wanted: str) -> NotFound:
     tops = [name for name in subfolders(root) if name.lower() not in (*IMAGE_FOLDERS, *MAP_FOLDERS)]
     below = [name for name in tops if set(subfolders(root / name)) & set(SPLITS['train'])]
     hint = f'\nPerhaps data_root={root / below[0]}' if len(below) == 1 else ''
-    if split == 'val' and not hint:
+    if split == 'val':
         hint = '\nval_fraction=0.2 splits some images off; --no-validate trains without a validation split'
     return NotFound(f'{root} has no {wanted}; {describe(root)}{hint}')
 
@@ -286,7 +286,7 @@ def _fit_maps(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
         if not listing.images:
             raise UserError(f'{folder} holds no image that can be read; {describe(folder)}')
         if listing.others:
-            report.add('IMG017', f'{folder}: {listing.left_out}')
+            report.add('IMG017', f'{folder}: {in_words(listing.others)}')
         suffix = _map_suffix(listing.images, list_files(maps).images)
         pairs = pair_maps(str(folder), str(maps), '', suffix)
         lost = [name for _, name in pairs if not (maps / name).is_file()]
@@ -311,7 +311,9 @@ def _fit_maps(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
     report.raise_errors()
     for split, (folder, maps, suffix, scan) in found.items():
         labels = {dict(numbers).get(value, value) for value in scan.values}
-        report.add('SEG022', *(f'{maps}: {n!r} ({i})' for i, n in enumerate(classes) if i not in labels))
+        missing = [f'{name!r} ({i})' for i, name in enumerate(classes) if i not in labels]
+        if missing:
+            report.add('SEG022', f'{maps}: {", ".join(missing)}')
         for stage in STAGES[split]:
             dataset = innermost_dataset(cfg[f'{stage}_dataloader'].dataset)
             dataset.update(
@@ -407,12 +409,14 @@ def _fit_folders(cfg: Config, root: Path, report: Report) -> tuple[int, list[str
     folders, counts, images = {}, {}, {}
     for split, folder in _splits(cfg, root, _class_folders):
         folders[split], images[split] = folder, []
+        others: Counter = Counter()
         for name in subfolders(folder):
             listing = list_files(folder / name)
             counts[split, name] = len(listing.images)
             images[split] += [folder / name / image for image in listing.images]
-            if listing.others:
-                report.add('IMG017', f'{folder / name}: {listing.left_out}')
+            others += listing.others
+        if others:
+            report.add('IMG017', f'{folder}: {in_words(others)}')
         loose = [path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name)]
         if loose:
             report.add('IMG017', f'{folder}: {len(loose)} files outside of class folders')
@@ -436,7 +440,9 @@ def _fit_folders(cfg: Config, root: Path, report: Report) -> tuple[int, list[str
             'have to be the same'
         )
     if 'val' in folders:
-        report.add('CLS022', *(str(folders['val'] / n) for n in classes if not counts.get(('val', n))))
+        empty = [name for name in classes if not counts.get(('val', name))]
+        if empty:
+            report.add('CLS022', f'{folders["val"]}: {", ".join(empty)}')
         if not images['val']:
             raise UserError(f'{folders["val"]} holds no image that can be read; {describe(folders["val"])}')
     for split, folder in folders.items():

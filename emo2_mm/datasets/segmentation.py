@@ -14,10 +14,9 @@ import numpy as np
 from mmseg.datasets import BaseSegDataset
 from PIL import Image
 
-from .files import list_files, read_header
+from .files import IMAGE_SUFFIXES, list_files, read_header
 from .report import Report
 
-MAP_SUFFIXES = ('.png', '.bmp', '.tif', '.tiff', '.gif', '.webp')
 IGNORED = 255
 
 
@@ -64,19 +63,22 @@ def pair_maps(
     images: str, maps: str | None, img_suffix: str = '', seg_map_suffix: str = '.png'
 ) -> list[tuple[str, str]]:
     """List images with the names that their maps have, or should have, relative to their folders."""
-    suffixes = (os.path.splitext(img_suffix)[1].lower(),) if img_suffix else ()
-    names = list_files(images, *([suffixes] if suffixes else [])).images
+    names = list_files(images, _kinds(img_suffix)).images
     names = [name for name in names if name.lower().endswith(img_suffix.lower())]
     there = {}
     if maps is not None and os.path.isdir(maps):
-        kind = os.path.splitext(seg_map_suffix)[1].lower()
-        there = {name.lower(): name for name in list_files(maps, (kind,)).images}
+        there = {name.lower(): name for name in list_files(maps, _kinds(seg_map_suffix)).images}
     pairs = []
     for name in names:
         stem = name[: -len(img_suffix)] if img_suffix else os.path.splitext(name)[0]
         path = stem + seg_map_suffix
         pairs.append((name, path if path in there.values() else there.get(path.lower(), path)))
     return pairs
+
+
+def _kinds(suffix: str) -> tuple[str, ...]:
+    """Suffixes as a walker takes them, of one such as ``_mask.png``; all for none."""
+    return ('.' + suffix.lower().rsplit('.', 1)[-1],) if suffix else IMAGE_SUFFIXES
 
 
 class LabelMap(NamedTuple):

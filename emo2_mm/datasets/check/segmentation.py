@@ -49,7 +49,9 @@ def check_segmentation(dataset: Any, leaf: ConfigDict, model: ConfigDict, report
     if any(map_path for _, map_path in pairs) and not whole:
         first = int(bool(dataset.reduce_zero_label))
         missing = [name for label, name in enumerate(names, first) if label not in seen]
-        report.add('SEG022', *(f'{dataset.data_prefix.get("seg_map_path")}: {name!r}' for name in missing))
+        if missing:
+            place = dataset.data_prefix['seg_map_path']
+            report.add('SEG022', f'{place}: {", ".join(map(repr, missing))}')
     return f'{folder}: {len(samples)} images, {count} classes'
 
 
