@@ -59,6 +59,8 @@ class CocoDataset(_CocoDataset):
             masks=any(getattr(t, 'with_mask', False) for t in loaders),
             ignore_orientation=stored,
         )
+        if not self.verify_images:  # loading one will name it: perhaps only some are used
+            report.found.pop('IMG001', None)
         report.raise_errors()
         report.tell(log=True)
         if report.found.get('COCO046'):

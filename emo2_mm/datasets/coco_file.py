@@ -487,6 +487,8 @@ def _read_crowds(annotations: list[dict], categories: list[dict], file: Any, rep
 
 def _check_masks(annotations: list[dict], sizes: dict, file: Any, report: Report) -> None:
     for annotation in annotations:
+        if annotation.get('ignore') or min(annotation['bbox'][2:]) < 1:  # training drops it
+            continue
         mask, place = annotation.get('segmentation'), f'{file}: annotation {annotation["id"]!r}'
         if not mask:
             report.add('COCO010', place)

@@ -157,7 +157,7 @@ KINDS: dict[str, Kind] = {
         'box is partly outside its image',
         'Resize after LoadAnnotations cuts it to the image, else it is kept',
     ),
-    'COCO058': Kind(ERROR, 'mask has no polygon of three points', 'training drops the object'),
+    'COCO058': Kind(WARNING, 'mask has no polygon of three points', 'training drops the object'),
     'COCO059': Kind(WARNING, 'mask has polygons of less than three points', 'training drops these polygons'),
     # maps of segmentation
     'SEG001': Kind(ERROR, 'map is missing', NAMED),

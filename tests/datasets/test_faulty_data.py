@@ -6,15 +6,18 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
+from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
-from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, imported, run, write_config, write_data
+
+from emo2_mm.datasets.context import FaultyData, NamedSamples, report_failing_files, use_own_datasets
+from emo2_mm.errors import UserError
 
 MASKED = DETECTOR.replace('with_bbox=True', 'with_bbox=True, with_mask=True')
 LOADED = "dict(type='LoadAnnotations'), "
@@ -25,25 +28,20 @@ train_dataloader['sampler'] = dict(type='InfiniteSampler', shuffle=False)
 """
 
 
-@pytest.fixture(scope='module')
-def tool() -> Iterator[Any]:
-    with imported('faulty_data') as module:
-        yield module
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_data(tmp_path)
     return tmp_path
 
 
-def build(tool: Any, data: Path, text: str) -> Any:
+def build(data: Path, text: str) -> Any:
     """The data set of a run, which names files."""
     cfg = Config.fromfile(write_config(data, text))
     pytest.importorskip(cfg.default_scope)
+    use_own_datasets(cfg)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    dataset.prepare_data = tool.NamedSamples(dataset)
+    dataset.prepare_data = NamedSamples(dataset)
     return dataset
 
 
@@ -60,8 +58,8 @@ def empty(path: Path) -> None:
     [DETECTOR, MASKED, SEGMENTOR, CROPPED, CLASSIFIER],
     ids=['boxes', 'masks', 'maps', 'crops', 'classes'],
 )
-def test_good_data_pass(tool: Any, data: Path, text: str) -> None:
-    dataset = build(tool, data, text)
+def test_good_data_pass(data: Path, text: str) -> None:
+    dataset = build(data, text)
     assert len(dataset) == 4
     assert all('inputs' in dataset[i] for i in range(4))
 
@@ -72,73 +70,68 @@ def test_good_data_pass(tool: Any, data: Path, text: str) -> None:
     [(DETECTOR, 'coco/images/0.png'), (SEGMENTOR, 'labels/0.png'), (CLASSIFIER, 'folders/dark/0.png')],
     ids=['detector', 'segmentor', 'classifier'],
 )
-def test_file_is_named(tool: Any, data: Path, text: str, file: str, spoil: Callable[[Path], None]) -> None:
-    dataset = build(tool, data, text)
+def test_file_is_named(data: Path, text: str, file: str, spoil: Callable[[Path], None]) -> None:
+    dataset = build(data, text)
     spoil(data / file)
-    with pytest.raises(tool.FaultyData) as error:
+    with pytest.raises(FaultyData) as error:
         dataset[0]
     assert f'{data / file}: ' in str(error.value) and 'check_dataset.py' in str(error.value)
     assert 'inputs' in dataset[1]
 
 
 @pytest.mark.parametrize('wrong', ['mask', 'file'])
-def test_mask_of_another_size(tool: Any, data: Path, wrong: str) -> None:
+def test_mask_of_another_size(data: Path, wrong: str) -> None:
     """As many pixels: MMDetection would learn a garbled mask."""
     file = json.loads((data / 'coco/boxes.json').read_text())
-    size = [SIDE // 2, SIDE * 2] if wrong == 'mask' else [SIDE, SIDE]
-    file['annotations'][0]['segmentation'] = dict(size=size, counts=[100, 200, 3796])
-    file['images'][0].update(height=SIDE // 2, width=SIDE * 2)  # not asked for
+    file['annotations'][0]['segmentation'] = dict(size=[32, 128], counts=[100, 200, 3796])
+    if wrong == 'file':  # which says of the image what the mask says
+        file['images'][0].update(height=32, width=128)
     (data / 'coco/boxes.json').write_text(json.dumps(file))
-    dataset = build(tool, data, MASKED)
-    if wrong == 'mask':
-        with pytest.raises(tool.FaultyData, match=r'a mask is 32 x 128 pixels, its image 64 x 64 \(height x'):
-            dataset[0]
-    else:
-        assert 'inputs' in dataset[0]
-    assert 'inputs' in build(tool, data, DETECTOR)[0]  # where no masks are loaded
+    message = r'a mask is 32 x 128 pixels, its image 64 x 64 \(height x' if wrong == 'file' else 'COCO013'
+    with pytest.raises((FaultyData, UserError), match=message):
+        build(data, MASKED)[0]
+    assert 'inputs' in build(data, DETECTOR)[0]  # where no masks are loaded
 
 
 @pytest.mark.parametrize('crops', [False, True])
-def test_map_of_another_size(tool: Any, data: Path, crops: bool) -> None:
+def test_map_of_another_size(data: Path, crops: bool) -> None:
     """A crop would hide it, for it cuts both."""
     Image.new('L', (SIDE + 2, SIDE)).save(data / 'labels/0.png')
-    with pytest.raises(
-        tool.FaultyData, match=r'labels/0\.png: .*its map is 64 x 66 pixels, the image 64 x 64\n'
-    ):
-        build(tool, data, CROPPED if crops else SEGMENTOR)[0]
+    with pytest.raises(FaultyData, match=r'labels/0\.png: .*its map is 64 x 66 pixels, the image 64 x 64\n'):
+        build(data, CROPPED if crops else SEGMENTOR)[0]
 
 
-def test_map_beside_a_resized_image(tool: Any, data: Path) -> None:
+def test_map_beside_a_resized_image(data: Path) -> None:
     """As a segmentor is tested."""
     load = "dict(type='LoadImageFromFile'), "
     text = SEGMENTOR.replace(load, load + "dict(type='Resize', scale=(80, 80)), ", 1)
-    assert tuple(build(tool, data, text)[0]['inputs'].shape) == (3, 80, 80)
+    assert tuple(build(data, text)[0]['inputs'].shape) == (3, 80, 80)
 
 
-def test_switched_pipeline(tool: Any, data: Path) -> None:
+def test_switched_pipeline(data: Path) -> None:
     """As MMDetection's PipelineSwitchHook does it."""
 
     def mix(data: dict[str, Any]) -> None:
         raise KeyError('mosaic')
 
-    dataset = build(tool, data, DETECTOR)
+    dataset = build(data, DETECTOR)
     dataset.pipeline = Compose([mix])
-    with pytest.raises(tool.FaultyData, match="0.png: function: KeyError: 'mosaic'"):
+    with pytest.raises(FaultyData, match="0.png: function: KeyError: 'mosaic'"):
         dataset[0]
 
 
-def test_inside_wrappers(tool: Any, data: Path) -> None:
+def test_inside_wrappers(data: Path) -> None:
     cfg = Config.fromfile(write_config(data, DETECTOR))
     pytest.importorskip('mmdet')
     parts = dict(type='ConcatDataset', datasets=[cfg.train_dataloader.dataset] * 2)
     loader = dict(cfg.train_dataloader, dataset=dict(type='RepeatDataset', times=2, dataset=parts))
     runner = SimpleNamespace(build_dataloader=Runner.build_dataloader)
-    tool.name_faults(runner)
+    report_failing_files(runner)
     empty(data / 'coco/images/1.png')
     with DefaultScope.overwrite_default_scope('mmdet'):
         dataset = runner.build_dataloader(loader).dataset
     assert len(dataset) == 16 and 'inputs' in dataset[4]
-    with pytest.raises(tool.FaultyData, match='1.png: LoadImageFromFile: error: OpenCV'):
+    with pytest.raises(FaultyData, match='1.png: LoadImageFromFile: error: OpenCV'):
         dataset[5]
 
 
@@ -177,13 +170,12 @@ def test_evaluation_stops(data: Path, options: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_left_out_is_counted(data: Path) -> None:
+def test_what_is_dropped_is_counted(data: Path) -> None:
     pytest.importorskip('mmdet')
     path = data / 'coco/boxes.json'
     file = json.loads(path.read_text())
     file['annotations'][0].update(bbox=[10, 10, 0, 20])  # no area
     file['annotations'][1].update(bbox=[SIDE + 5, 3, 20, 20])  # outside
-    file['annotations'].append(dict(file['annotations'][2], id=9, category_id=7))  # unknown
     path.write_text(json.dumps(file))
     text = DETECTOR.replace('train_dataloader = loader(', 'train_dataloader = loader(filter_cfg=FILTER, ')
     text = text.replace('FILTER', 'dict(filter_empty_gt=True)')
@@ -191,6 +183,6 @@ def test_what_is_left_out_is_counted(data: Path) -> None:
     path.write_text(json.dumps(file))
     result = run(data, 'train.py', write_config(data, text))
     assert result.returncode == 0, result.stderr[-4000:]
-    said = re.findall(r'(\d of \d \w+) \(.*are left out', result.stdout)
-    assert said == ['3 of 4 boxes', '1 of 4 images', '3 of 4 boxes']  # in training, in validation
+    said = re.findall(r'(\d of \d \w+) \(.*are dropped', result.stdout)
+    assert said == ['2 of 3 boxes', '1 of 4 images', '2 of 3 boxes']  # in training, in validation
     assert str(path) in result.stdout

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import ConfigDict
 
 from ..report import Report, repeated
-from ..segmentation import LabelMap, read_map
+from ..segmentation import LabelMap, SegDataset, read_map
 from .images import Picture, read_all, read_image
 
 
@@ -40,15 +40,16 @@ def check_segmentation(dataset: Any, leaf: ConfigDict, model: ConfigDict, report
         for code in image.codes:
             report.add(code, path)
         if labels.code:
-            report.add(labels.code, map_path)
+            wrong = f': {list(labels.values)}' if labels.code == 'SEG006' else ''
+            report.add(labels.code, f'{map_path}{wrong}')
         if image.size and labels.size and image.size != labels.size:
             report.add('SEG005', f'{map_path}: {labels.size}, image {image.size}')
         values = [value if whole else replaced.get(value, value) for value in labels.values]
         check_values(values, count, dataset.reduce_zero_label, map_path, report)
         seen.update(values)
-    if any(map_path for _, map_path in pairs) and not whole:
-        first = int(bool(dataset.reduce_zero_label))
-        missing = [name for label, name in enumerate(names, first) if label not in seen]
+    # of ADE20K and the like, it is known what they hold
+    if any(map_path for _, map_path in pairs) and type(dataset) is SegDataset:
+        missing = [name for label, name in enumerate(names) if label not in seen]
         if missing:
             place = dataset.data_prefix['seg_map_path']
             report.add('SEG022', f'{place}: {", ".join(map(repr, missing))}')
