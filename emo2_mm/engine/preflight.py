@@ -158,3 +158,36 @@ def check_pretrained(cfg: Config) -> None:
                 f'Or name others with --cfg-options {key}.init_cfg.checkpoint=FILE, or start from random '
                 f'ones with {key}.init_cfg=None (custom configs: pretrained=FILE, pretrained=none)'
             )
+
+
+def check_save_best(cfg: Config) -> None:
+    """End the program if ``save_best`` names no figure of the evaluation, which would end it after an epoch.
+
+    Only metrics whose figures are known are compared: CocoMetric, IoUMetric and Accuracy.
+    """
+    best = cfg.get('default_hooks', {}).get('checkpoint', {}).get('save_best')
+    evaluator = cfg.get('val_evaluator')
+    if not best or cfg.get('val_cfg') is None or not isinstance(evaluator, dict):
+        return
+    kind = str(evaluator.get('type')).split('.')[-1]
+    if kind == 'CocoMetric':
+        kinds = evaluator.get('metric', 'bbox')
+        ends = evaluator.get('metric_items') or ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+        figures = [f'{k}_{end}' for k in ([kinds] if isinstance(kinds, str) else kinds) for end in ends]
+        prefix = evaluator.get('prefix') or 'coco'
+    elif kind == 'IoUMetric' and list(evaluator.get('iou_metrics', ['mIoU'])) == ['mIoU']:
+        figures, prefix = ['aAcc', 'mIoU', 'mAcc'], evaluator.get('prefix') or ''
+    elif kind == 'Accuracy':
+        topk = evaluator.get('topk', 1)
+        figures = [f'top{k}' for k in ([topk] if isinstance(topk, int) else topk)]
+        prefix = evaluator.get('prefix') or 'accuracy'
+    else:
+        return
+    known = [f'{prefix}/{figure}' if prefix else figure for figure in figures]
+    if 'classwise' in evaluator or 'proposal' in str(evaluator.get('metric')):  # these add more
+        return
+    for name in [best] if isinstance(best, str) else best:
+        if name not in ('auto', *known):
+            raise UserError(
+                f'default_hooks.checkpoint.save_best is {name!r}, but the evaluation gives {", ".join(known)}'
+            )

@@ -14,7 +14,7 @@ from ..datasets.context import report_failing_files, use_own_datasets
 from ..datasets.custom import apply_custom_dataset
 from ..errors import UserError, note
 from .hooks import CheckInvalidLossHook
-from .preflight import check_checkpoint, check_data, check_pretrained
+from .preflight import check_checkpoint, check_data, check_pretrained, check_save_best
 from .resume import ContinueHook, find_resumable, install_safe_loader
 from .runner import NO_BFLOAT16_NMS, build_runner
 
@@ -54,6 +54,7 @@ def train(
     check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from')
     find_resumable(cfg)
     check_pretrained(cfg)
+    check_save_best(cfg)
     try:
         runner = build_runner(cfg)
         runner.register_hook(CheckInvalidLossHook())  # not through the config, which other programs read

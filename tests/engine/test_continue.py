@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from emo2_mm.config import load_config, parse_options, parse_value
 from emo2_mm.engine import training
+from emo2_mm.engine.preflight import check_pretrained, check_save_best
 from emo2_mm.engine.runner import build_runner
 from emo2_mm.errors import UserError
 
@@ -51,8 +52,8 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         text = CLASSIFIER + SCHEDULE.replace('EPOCHS', str(epochs)) + more
         config = write_config(tmp_path, text)
         call_tool('train.py', config, '--work-dir', work, *arguments)
-        (log,) = Path(runners[-1].log_dir).glob('vis_data/scalars.json')
-        return [json.loads(line)['lr'] for line in log.read_text().splitlines()]
+        log = Path(runners[-1].log_dir, 'vis_data/scalars.json')  # none without a step
+        return [json.loads(line)['lr'] for line in log.read_text().splitlines()] if log.exists() else []
 
     run.runners = runners
     return run
@@ -117,14 +118,34 @@ def test_weights_that_fit_nowhere_are_refused(train: Any) -> None:
 
 
 def test_load_from_needs_no_other_weights(tmp_path: Path) -> None:
-    from emo2_mm.engine.preflight import check_pretrained
-
     cfg = Config(dict(model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth')))))
     with pytest.raises(UserError, match='gone.pth'):
         check_pretrained(cfg)
     cfg.load_from = 'some.pth'
     check_pretrained(cfg)
     assert cfg.model.backbone.init_cfg is None
+
+
+@pytest.mark.parametrize(
+    ('evaluator', 'good', 'bad'),
+    [
+        (dict(type='CocoMetric', metric=['bbox', 'segm']), 'coco/segm_mAP_50', 'coco/mAP'),
+        (dict(type='emo2_mm.datasets.coco.CocoMetric'), 'coco/bbox_mAP', 'bbox_mAP'),
+        (dict(type='IoUMetric', iou_metrics=['mIoU']), 'mIoU', 'iou'),
+        (dict(type='Accuracy', topk=(1, 5)), 'accuracy/top5', 'accuracy/top3'),
+    ],
+)
+def test_best_checkpoint_by_an_unknown_figure(evaluator: dict, good: str, bad: str) -> None:
+    hooks = dict(checkpoint=dict(type='CheckpointHook', save_best=good))
+    cfg = Config(dict(val_cfg=dict(type='ValLoop'), val_evaluator=evaluator, default_hooks=hooks))
+    check_save_best(cfg)
+    cfg.default_hooks.checkpoint.save_best = 'auto'
+    check_save_best(cfg)
+    cfg.default_hooks.checkpoint.save_best = bad
+    with pytest.raises(UserError, match=f'save_best is .{bad}., but the evaluation gives .*{good}'):
+        check_save_best(cfg)
+    cfg.val_cfg = None
+    check_save_best(cfg)
 
 
 def test_batch_norm_of_one_value(tmp_path: Path) -> None:
