@@ -29,6 +29,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image, UnidentifiedImageError
 
 from .config import innermost_dataset
+from .datasets.files import is_hidden
 from .errors import printable
 from .fonts import use_font_for
 from .weights.read import read_checkpoint
@@ -71,7 +72,7 @@ def list_files(path: Path, out: Path) -> list[Path]:
         raise FileNotFoundError(f'{path}: no such image or folder')
     if path.resolve() in ((out / name).resolve() for name in ('vis', 'preds')):
         raise ValueError(f'--out is {out}: pictures would be written over the images; give another folder')
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith('.'))
+    files = sorted(file for file in path.iterdir() if file.is_file() and not is_hidden(file.name))
     if not files:
         raise ValueError(f'{path}: the folder holds no files')
     return files
