@@ -6,7 +6,7 @@ import codecs
 import os
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image
 
@@ -113,7 +113,7 @@ class Header(NamedTuple):
     orientation: int
 
 
-def read_header(path: str | os.PathLike) -> Header | None:
+def read_header(path: str | os.PathLike | IO[bytes]) -> Header | None:
     """Read the size of an image; None if it cannot be read, which loading it will report."""
     try:
         with Image.open(path) as image:

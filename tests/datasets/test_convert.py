@@ -284,6 +284,28 @@ def test_odd_lines_of_yolo(tmp_path: Path, line: str, said: str) -> None:
     write_yolo(tmp_path / 'src')
     write(tmp_path / 'src/train/labels/c.txt', line + '\n')
     assert f'1 x {said}' in lines_of(tmp_path / 'src')
+    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text())
+    for left, top, width, height in (x['bbox'] for x in content['annotations']):
+        assert 0 <= left < left + width <= WIDTH
+        assert 0 <= top < top + height <= HEIGHT
+
+
+def test_splits_of_data_yaml(tmp_path: Path) -> None:
+    """Roboflow writes ../train/images for a folder beside the file; folders may have any name."""
+    write_yolo(tmp_path / 'src')
+    (tmp_path / 'src/train').rename(tmp_path / 'src/one')
+    (tmp_path / 'src/val').rename(tmp_path / 'src/two')
+    file = tmp_path / 'src/data.yaml'
+    text = file.read_text().replace('../train', '../one').replace('../val', '../two')
+    file.write_text(text.replace(str(list(NAMES)), '{0: cat, 1: dog}'))
+    convert_dataset(tmp_path / 'src', tmp_path / 'dst')
+    assert {split: set(images) for split, images in read_boxes(tmp_path / 'dst').items()} == {
+        split: set(images) for split, images in TRUTH.items()
+    }
+    write(tmp_path / 'src/list.txt', './one/images/a.png\n./one/images/b.png\n')
+    file.write_text(file.read_text().replace('../one/images', 'list.txt'))
+    convert_dataset(tmp_path / 'src', tmp_path / 'listed')
+    assert set(read_boxes(tmp_path / 'listed')['train']) == {'a', 'b'}
 
 
 def test_yolo_without_some_files(tmp_path: Path) -> None:

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Iterator
 
 from ...errors import UserError
+from ..files import IMAGE_SUFFIXES, decode, list_files
 from .records import Report
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jfif', '.ppm', '.pgm')
 SPLIT_NAMES = {
     'train': ('train', 'training', 'train2017', 'train2014'),
     'val': ('val', 'valid', 'validation', 'val2017', 'val2014', 'dev'),
     'test': ('test', 'testing', 'test2017', 'test2014'),
 }
-BOMS = ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """Files with one of the suffixes (lower case) at any depth, sorted; none that are hidden or of macOS."""
-    found = []
-    for top, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(x for x in folders if not x.startswith('.') and x != '__MACOSX')
-        found += [Path(top, x) for x in names if not x.startswith('.') and x.lower().endswith(suffixes)]
-    return sorted(found)
+    """Files with one of the suffixes (lower case) at any depth, sorted; none that are hidden."""
+    return [folder / name for name in list_files(folder, suffixes).images]
 
 
 def read_text(path: Path, report: Report | None = None) -> str:
-    """Read a text in UTF-8 or UTF-16, or else as GB 18030 or Latin-1, which is reported."""
+    """Read a text in UTF-8 or as its byte order mark says, else as GB 18030 or Latin-1, which is reported."""
     data = path.read_bytes()
-    for mark, encoding in BOMS:
-        if data.startswith(mark):
-            return data.decode(encoding)
-    for encoding in ('utf-8', 'gb18030', 'latin-1'):
+    try:
+        return decode(data, path)[0]
+    except UserError:
+        pass
+    for encoding in ('gb18030', 'latin-1'):
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
-        if encoding != 'utf-8' and report is not None:
+        if report is not None:
             report.add(f'file is not in UTF-8: read as {encoding}', path)
         return text
     raise AssertionError('Latin-1 decodes everything')

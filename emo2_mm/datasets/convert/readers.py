@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from ...errors import UserError
+from ..files import IMAGE_SUFFIXES, read_header
 from .files import (
-    IMAGE_SUFFIXES,
     ImageIndex,
     files_in,
     images_of_splits,
@@ -34,12 +34,8 @@ CIRCLE_POINTS = 36
 
 def image_size(source: Path | io.BytesIO) -> tuple[int, int] | None:
     """Width and height as the loader sees them, which honours the orientation of EXIF; None if damaged."""
-    try:
-        with Image.open(source) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except Exception:  # of many kinds, depending on the format
-        return None
+    header = read_header(source)
+    return None if header is None else header.displayed
 
 
 def _picture(path: Path | None, split: str | None, named: object, report: Report) -> Picture | None:
@@ -175,10 +171,9 @@ def _yolo_names(settings: dict[str, Any], root: Path, report: Report) -> list[st
         return [by_number.get(i, f'class_{i}') for i in range(highest + 1)]
     if isinstance(names, list):
         return [str(name) for name in names]
-    for path in [
-        x for x in files_in(root, '.txt', '.names') if x.name in ('classes.txt', 'obj.names', 'names.txt')
-    ]:
-        return [line.strip() for line in read_text(path, report).splitlines() if line.strip()]
+    for path in files_in(root, '.txt', '.names'):
+        if path.name.lower() in ('classes.txt', 'obj.names', 'names.txt'):
+            return [line.strip() for line in read_text(path, report).splitlines() if line.strip()]
     raise UserError(
         f'{root} has labels of YOLO, but no names of classes: add a classes.txt with a class a line, that of '
         'number 0 first, or a data.yaml with names'

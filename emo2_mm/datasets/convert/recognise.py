@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from .files import IMAGE_SUFFIXES, files_in, read_text
+from ..files import IMAGE_SUFFIXES
+from .files import files_in, read_text
 
 FORMATS = {
     'yolo': 'YOLO',
