@@ -587,3 +587,28 @@ def test_one_split_is_no_foreign_format(tmp_path: Path) -> None:
         apply_custom_dataset(cfg)
     assert 'val_fraction=0.2 splits some images off' in str(caught.value)
     assert 'convert_dataset' not in str(caught.value)
+
+
+def test_small_objects_lie_over_large_ones_in_maps(tmp_path: Path) -> None:
+    """Whatever the order of the objects; crowds are ignored (255)."""
+    write_coco(tmp_path / 'src')
+    file = tmp_path / 'src/labels_train.json'
+    content = json.loads(file.read_text(encoding='utf-8-sig'))
+    square = [dict(id=i, image_id=2, category_id=8 + i % 2, bbox=[0, 0, 1, 1]) for i in range(3)]
+    for entry, (left, right) in zip(square, ((20, 30), (10, 40), (60, 70))):
+        entry['bbox'] = [left, left, right - left, right - left]
+        entry['segmentation'] = [[left, left, right, left, right, right, left, right]]
+    square[2]['iscrowd'] = 1
+    content['annotations'] += square
+    file.write_text(json.dumps(content))
+    convert_dataset(tmp_path / 'src', tmp_path / 'dst', to='maps')
+    with Image.open(tmp_path / 'dst/masks/train/c.png') as found:
+        pixels = np.array(found)
+    assert (pixels[25, 25], pixels[15, 15], pixels[5, 5]) == (1, 2, 0)
+    assert 255 not in pixels  # the crowd lies outside of the image, which is 60 pixels high
+    square[2]['segmentation'] = [[50, 50, 70, 50, 70, 58, 50, 58]]
+    square[2]['bbox'] = [50, 50, 20, 8]
+    file.write_text(json.dumps(content))
+    convert_dataset(tmp_path / 'src', tmp_path / 'again', to='maps')
+    with Image.open(tmp_path / 'again/masks/train/c.png') as found:
+        assert np.array(found)[54, 60] == 255
