@@ -188,7 +188,7 @@ def _write(
         if pictures and to == 'folders':
             counts[name] = _write_folders(pictures, target / name, copy)
         elif pictures:
-            names = _place_images(pictures, target / 'images' / name, copy, one_suffix=to == 'maps')
+            names = _place_images(pictures, target / 'images' / name, copy)
             if to == 'boxes':
                 file = target / 'annotations' / f'{name}.json'
                 counts[name] = _write_coco(pictures, names, dataset, file, boxes_as_masks)
@@ -200,11 +200,10 @@ def _write(
     return counts
 
 
-def _place_images(pictures: list[Picture], folder: Path, copy: bool, one_suffix: bool) -> list[str]:
+def _place_images(pictures: list[Picture], folder: Path, copy: bool) -> list[str]:
     """Link or copy the images of a split into one folder; return their names there, each once."""
     folder.mkdir(parents=True)
     taken: Counter = Counter(picture.path.stem.lower() for picture in pictures)
-    suffixes = {picture.path.suffix for picture in pictures}
     names, stems = [], set()
     for picture in pictures:
         stem = picture.path.stem
@@ -214,9 +213,7 @@ def _place_images(pictures: list[Picture], folder: Path, copy: bool, one_suffix:
         while stem.lower() in stems:
             stem, number = f'{base}_{number}', number + 1
         stems.add(stem.lower())
-        # MMSegmentation knows one suffix for all images: a mixture becomes PNG
-        suffix = '.png' if one_suffix and len(suffixes) > 1 else picture.path.suffix
-        names.append(f'{stem}{suffix}')
+        names.append(f'{stem}{picture.path.suffix}')
         _place(picture, folder / names[-1], copy)
     return names
 
@@ -224,10 +221,6 @@ def _place_images(pictures: list[Picture], folder: Path, copy: bool, one_suffix:
 def _place(picture: Picture, place: Path, copy: bool) -> None:
     if picture.data is not None:
         place.write_bytes(picture.data)
-    elif place.suffix != picture.path.suffix:
-        import mmcv
-
-        mmcv.imwrite(mmcv.imread(str(picture.path)), str(place))
     elif copy:
         shutil.copyfile(picture.path, place)
     else:
@@ -362,7 +355,7 @@ def _write_folders(pictures: list[Picture], folder: Path, copy: bool) -> Counter
     for picture in pictures:
         by_class[picture.label].append(picture)
     for label, group in sorted(by_class.items()):
-        _place_images(group, folder / label, copy, one_suffix=False)
+        _place_images(group, folder / label, copy)
         counts[label] = len(group)
     return counts
 
