@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from ..config import iter_nodes
-from ..errors import note
+from ..errors import UserError, note
 from . import layouts, options
 from .convert import split_dataset
 
@@ -35,6 +35,11 @@ def apply_custom_dataset(cfg: Config) -> None:
     """
     if 'data_format' not in cfg:
         return
+    if not cfg.data_root:
+        raise UserError(
+            f'{cfg.filename} is for own data; say where it is: --cfg-options data_root=PATH\n'
+            f'{layouts.__doc__}'
+        )
     given: dict[str, Any] = cfg.pop('cfg_options', {})
     file = Config.fromfile(cfg.filename, import_custom_modules=False)
     opts = options.take_options(cfg, given, file)
@@ -64,7 +69,7 @@ def apply_custom_dataset(cfg: Config) -> None:
     }
     cfg.merge_from_dict({key: value for key, value in last.items() if key not in LEFTOVERS})
     note(f'{root}: {images} images to train on; {len(classes)} classes: {", ".join(classes)}')
-    note(f'{epochs} epochs, batches of {batch}, learning rate {lr}, {workers} loading processes; {chosen}')
+    note(f'{epochs} epochs, batches of {batch}, learning rate {lr}, num_workers {workers}; {chosen}')
 
 
 def _apply_to_model(cfg: Config, opts: options.Options, file: Config, given: dict[str, Any]) -> str:

@@ -86,12 +86,7 @@ def take_options(cfg: Config, given: dict[str, Any], file: Config) -> Options:
         raise UserError('train_cfg.max_iters: a custom config counts epochs; give max_epochs=N')
     _keep_settings_of_file(values, given, file)
 
-    root = values['data_root']
-    if not root:
-        raise UserError(f'{cfg.filename} is for own data; say where it is: --cfg-options data_root=PATH')
-    values['data_root'] = Path(str(root)).expanduser()
-    if not values['data_root'].is_dir():
-        raise UserError(f'data_root is {root}, but there is no folder {values["data_root"].absolute()}')
+    values['data_root'] = Path(str(values['data_root'])).expanduser()
     if not isinstance(values['arch'], dict):
         values['arch'] = _arch(values['arch'])
     values['image_size'] = _size(values['image_size'])

@@ -154,8 +154,8 @@ def check_size(cfg: Config, height: int, width: int) -> None:
 @pytest.mark.parametrize('name', CONFIGS)
 def test_model_of_each_arch_gives_a_loss(data: Path, name: str, arch: str) -> None:
     """Neck and heads take what the backbone gives."""
-    if arch in ('20m', '50m') and name not in (RETINANET, SEGFORMER):
-        pytest.skip('as 5m, only larger')
+    if arch not in ('1m', '2m') and name not in (RETINANET, SEGFORMER):
+        pytest.skip('as the smaller ones')
     cfg = complete(name, data, f'arch={arch}', 'pretrained=none', f'image_size={SIZES[name.split("/")[1]]}')
     for _, part in iter_nodes(cfg.model, 'model'):
         if part.get('type') == 'SyncBN':
