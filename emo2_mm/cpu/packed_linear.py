@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # torch's own compiler calls these operators; not every build of torch has them
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+SAMPLES = 32  # elements compared in each pass; more would be read from memory, not from the cache
 BATCH_HINT = 49  # rows oneDNN packs for; a layout for few rows also works well for many
 
 
@@ -29,9 +30,9 @@ class PackedLinear(nn.Linear):
 
     State dict, parameters and results are those of the linear layer. The packed weight is made when it is
     first needed, and again after the weight has changed: by ``load_state_dict``, in place, or as another
-    tensor. Torch does not track changes in place through ``.data`` or a NumPy array: they are noticed in
-    what is compared, a diagonal of the weight, which has elements of all rows and columns. Copies and files
-    hold no packed weight.
+    tensor. Torch does not track changes in place through ``.data`` or a NumPy array. They are noticed if
+    they change any of 32 elements that are compared, as all that scale or replace the whole weight do, but
+    maybe not in a single row. Copies and files hold no packed weight.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +45,7 @@ class PackedLinear(nn.Linear):
         That is so without oneDNN, in other types than float32, and for tensors made in
         :func:`torch.inference_mode`, whose changes torch does not track.
         """
-        weight = self.weight
+        weight = self._parameters['weight']
         if not HAS_ONEDNN or not torch._C._get_mkldnn_enabled():
             return None
         if weight.dtype is not torch.float32 or weight.is_inference() or not weight.is_contiguous():
@@ -69,8 +70,7 @@ class PackedLinear(nn.Linear):
 
 
 def _pack(weight: Tensor) -> _Packed:
-    diagonals = max(min(weight.shape) - 1, 1)  # a step that comes by all rows and columns
-    sample = weight.detach().view(-1)[::diagonals]
+    sample = weight.detach().view(-1)[:: weight.numel() // SAMPLES + 1]  # + 1: from several columns
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, BATCH_HINT)
     return _Packed(weight, weight._version, weight.data_ptr(), sample, sample.clone(), packed)
 

@@ -107,8 +107,6 @@ CHANGES: dict[str, Callable[[nn.Linear, nn.Linear], Any]] = {
     'data': lambda own, other: setattr(own.weight, 'data', other.weight.clone()),
     'in place through data': swap,
     'scaled through data': lambda own, other: own.weight.data.mul_(2),
-    'a row through data': lambda own, other: own.weight.data[3].zero_(),
-    'a column through data': lambda own, other: own.weight.data[:, 3].zero_(),
     'NumPy': lambda own, other: own.weight.numpy().fill(0.5),
     'the same memory in another order': lambda own, other: setattr(
         own, 'weight', nn.Parameter(own.weight.detach().view(11, 21).t())
@@ -116,21 +114,6 @@ CHANGES: dict[str, Callable[[nn.Linear, nn.Linear], Any]] = {
     'another parameter': lambda own, other: setattr(own, 'weight', nn.Parameter(other.weight.clone())),
     'there and back': lambda own, other: own.double().float().weight.mul_(3),
 }
-
-
-@pytest.mark.parametrize(
-    'shape', [(640, 160), (160, 640), (320, 160), (48, 24), (1, 7), (7, 1), (2, 2)], ids=str
-)
-@torch.no_grad()
-def test_each_row_and_column_is_compared(shape: tuple[int, int]) -> None:
-    own = PackedLinear(*shape[::-1])
-    own.packed_weight()
-    places = torch.zeros(shape).flatten()
-    places[:: own._packed.sample.stride(0)] = 1
-    assert len(own._packed.sample) == places.sum()
-    places = places.view(shape)
-    assert places.any(0).all()
-    assert places.any(1).all()
 
 
 class TestWeights:
