@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import cpu
 from .arch import ARCH_SETTINGS, STAGE_ATTENDS, check_arch, check_options, check_out_indices
 from .attention import SEWMHSA
-from .fold import fold_network, folding_mismatch
+from .fold import FoldingError, check_folding, fold_network
 from .layers import EPS, DropPath, build_batch_norm, recomputed
 from .weights.load import load_backbone_weights
 
@@ -311,21 +311,19 @@ class EMOv2(BaseModule):
         CPU.
 
         Raises:
-            RuntimeError: In training mode, or if a part cannot be folded; the message names it.
+            FoldingError: In training mode, or if a part cannot be folded; the message names it.
         """
         if self.deployed:
             return
         if self.training:
-            raise RuntimeError('switch_to_deploy() folds what inference computes; call eval() first')
+            raise FoldingError('switch_to_deploy() folds what inference computes; call eval() first')
         fold_network(self.stem, self.stages)
         cpu.pack_linear_layers(self.stages)
         self.requires_grad_(False).eval()
         self.deployed = True
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        mismatch = folding_mismatch(state_dict, prefix, self.deployed)
-        if mismatch:
-            raise RuntimeError(mismatch)  # with strict=False it would be a warning
+        check_folding(state_dict, prefix, self.deployed)  # with strict=False it would be a warning
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _freeze(self) -> None:
@@ -337,10 +335,10 @@ class EMOv2(BaseModule):
         """Set training mode; frozen stages, and batch norms if ``norm_eval``, stay in eval mode.
 
         Raises:
-            RuntimeError: If ``mode`` is True after :meth:`switch_to_deploy`.
+            FoldingError: If ``mode`` is True after :meth:`switch_to_deploy`.
         """
         if mode and self.deployed:
-            raise RuntimeError('this EMOv2 was switched to deploy: it has no batch norms left to train')
+            raise FoldingError('this EMOv2 was switched to deploy: it has no batch norms left to train')
         super().train(mode)
         self._freeze()
         if self.norm_eval:

@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import UserError
+
+
+class FoldingError(UserError, RuntimeError):
+    """Batch norms that cannot be folded, or folded weights for a network that is not, and vice versa."""
+
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """What a batch norm in eval mode multiplies its channels by, and then adds to them.
 
     Raises:
-        RuntimeError: If it has no running statistics.
+        FoldingError: If it has no running statistics.
     """
     if norm.running_mean is None:
-        raise RuntimeError(
+        raise FoldingError(
             'a batch norm with track_running_stats=False depends on the batch: it cannot be folded'
         )
     scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -60,7 +66,7 @@ def _check_foldable(name: str, part: nn.Module, kind: type) -> None:
     """Refuse what folding would drop silently.
 
     Raises:
-        RuntimeError: If a part is of another class, or has hooks, parametrizations or its own ``forward``.
+        FoldingError: If a part is of another class, or has hooks, parametrizations or its own ``forward``.
     """
     if kind is _BatchNorm:
         known = isinstance(part, _BatchNorm) and type(part).forward in (
@@ -70,18 +76,18 @@ def _check_foldable(name: str, part: nn.Module, kind: type) -> None:
     else:
         known = type(part) is kind
     if not known:
-        raise RuntimeError(f'{name} is a {type(part).__name__}: it cannot be folded, only a {kind.__name__}')
+        raise FoldingError(f'{name} is a {type(part).__name__}: it cannot be folded, only a {kind.__name__}')
     hooked = (
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
     )
     if hooked or 'forward' in part.__dict__ or part._parameters.keys() != {'weight', 'bias'}:
-        raise RuntimeError(
+        raise FoldingError(
             f'{name} has hooks, other parameters than a weight and a bias, or a forward function of its own: '
             'it cannot be folded; remove them first'
         )
     if kind is _BatchNorm:
         if part.training:
-            raise RuntimeError(f'{name} is in training mode: it cannot be folded; call eval() first')
+            raise FoldingError(f'{name} is in training mode: it cannot be folded; call eval() first')
         scale_and_shift(part)
 
 
@@ -100,9 +106,9 @@ def _check_network(stem: nn.Module, stages: nn.Module) -> None:
         (1, 1),
         1,
     ):
-        raise RuntimeError(f'stem.project is {project}: only a 1x1 convolution without a bias can be folded')
+        raise FoldingError(f'stem.project is {project}: only a 1x1 convolution without a bias can be folded')
     if stages[0][0].residual:
-        raise RuntimeError('stages.0.0 has a residual: the last layer of the stem cannot be folded into it')
+        raise FoldingError('stages.0.0 has a residual: the last layer of the stem cannot be folded into it')
     _check_foldable('stages.0.0.norm', stages[0][0].norm, _BatchNorm)
     for i, j, block in ((i, j, block) for i, stage in enumerate(stages) for j, block in enumerate(stage)):
         name = f'stages.{i}.{j}'
@@ -123,7 +129,7 @@ def fold_network(stem: nn.Module, stages: nn.Module) -> None:
         stages: Stages of :class:`emo2_mm.emov2.I2RMB`.
 
     Raises:
-        RuntimeError: If a part is not what it was built as, or a batch norm has no running statistics. Then
+        FoldingError: If a part is not what it was built as, or a batch norm has no running statistics. Then
             nothing is changed.
     """
     _check_network(stem, stages)
@@ -144,22 +150,24 @@ def fold_network(stem: nn.Module, stages: nn.Module) -> None:
     stem.project = nn.Identity()
 
 
-def folding_mismatch(state_dict: Mapping[str, Any], prefix: str, deployed: bool) -> str | None:
-    """Say what is wrong if weights are folded and the network is not, or the other way round.
+def check_folding(state_dict: Mapping[str, Any], prefix: str, deployed: bool) -> None:
+    """Refuse folded weights for a network that is not folded, and the other way round.
 
     Args:
         state_dict: Weights, maybe of a whole model.
         prefix: What the names of the backbone's weights begin with there.
         deployed: Whether the network is folded.
+
+    Raises:
+        FoldingError: If they do not go together; the message says which is which.
     """
     if not deployed and f'{prefix}stem.depthwise.bias' in state_dict:
-        return (
+        raise FoldingError(
             'the weights are deployed ones, saved after switch_to_deploy(), but this EMOv2 is built for '
             'training; build it with deploy=True'
         )
     if deployed and f'{prefix}stem.project.weight' in state_dict:
-        return (
+        raise FoldingError(
             'the weights are those of training, with batch norms, but this EMOv2 is deployed; load them '
             'without deploy=True and call switch_to_deploy() afterwards'
         )
-    return None

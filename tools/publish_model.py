@@ -10,6 +10,7 @@ keeps the weights to use, which are the averaged ones where a run averages them,
     cfg           text of that config, with the paths of its data; it never runs here
     dataset_meta  names and colours of the classes
     emo2_mm_version
+    deployed      with --deploy, that batch norms are folded: EMOv2(deploy=True) loads such weights
 
 Optimiser, schedule, logs and the weights before averaging are left out. If OUT_FILE ends in .safetensors, the
 result is a file that can hold nothing but tensors and text, and this is its metadata; else it is `meta` in a
@@ -29,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('in_file', metavar='IN_FILE', type=Path, help='checkpoint of a training run')
     parser.add_argument('out_file', metavar='OUT_FILE', type=Path, help='file to write')
+    parser.add_argument('--deploy', action='store_true', help='fold batch norms into the weights')
     return parser.parse_args()
 
 
@@ -38,7 +40,7 @@ def main() -> int:
     from emo2_mm.publish import publish
 
     try:
-        print(publish(args.in_file, args.out_file))
+        print(publish(args.in_file, args.out_file, args.deploy))
     except (ImportError, OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', help='directory for visualized predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show waits')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument('--deploy', action='store_true', help='fold batch norms into the weights first')
     return parser.parse_args()
 
 
@@ -43,6 +44,7 @@ def main() -> None:
             show_dir=args.show_dir,
             wait_time=args.wait_time,
             tta=args.tta,
+            deploy=args.deploy,
         )
 
 

@@ -14,6 +14,7 @@ from ..config import innermost_dataset
 from ..datasets.context import report_failing_files, use_own_datasets
 from ..datasets.custom import apply_custom_dataset
 from ..errors import UserError
+from .hooks import SwitchToDeployHook
 from .preflight import check_checkpoint, check_data
 from .resume import install_safe_loader
 from .runner import NO_BFLOAT16_NMS, build_runner
@@ -28,6 +29,7 @@ def test(
     show_dir: str | None = None,
     wait_time: float = 2.0,
     tta: bool = False,
+    deploy: bool = False,
 ) -> None:
     """Evaluate a checkpoint on the test split.
 
@@ -40,6 +42,7 @@ def test(
         show_dir: Folder for visualized predictions.
         wait_time: Seconds for which ``show`` shows an image.
         tta: Use test-time augmentation.
+        deploy: Fold batch norms first.
 
     Raises:
         UserError: If an argument or a file that the config names cannot be used.
@@ -69,6 +72,8 @@ def test(
 
     runner = build_runner(cfg)
     report_failing_files(runner)  # before the first use of the evaluator, which builds the dataset
+    if deploy:
+        runner.register_hook(SwitchToDeployHook())
     if out and not segments:
         keep_predictions(runner, cfg.get('default_scope'), out)
     runner.test()

@@ -15,7 +15,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..fold import folding_mismatch
+from ..fold import check_folding
 from .read import read_checkpoint
 
 Weights = Dict[str, Tensor]
@@ -122,9 +122,7 @@ def match_weights(weights: Weights, model: nn.Module) -> Weights:
     Raises:
         ValueError: If a weight is missing, unexpected or of another shape; the message lists them.
     """
-    mismatch = folding_mismatch(weights, '', getattr(model, 'deployed', False))
-    if mismatch:
-        raise ValueError(mismatch)
+    check_folding(weights, '', getattr(model, 'deployed', False))
     own = model.state_dict()
     matched, missing, misshaped = {}, [], []
     for name, target in own.items():

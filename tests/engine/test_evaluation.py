@@ -192,3 +192,42 @@ def test_tta_is_refused_for_a_segmentor_without_its_pipeline(tiny):
     cfg.pop('tta_model')
     with pytest.raises(UserError, match='--tta needs tta_model and tta_pipeline'):
         enable_tta(cfg)
+
+
+AVERAGE = """
+custom_hooks = [dict(type='EMAHook', momentum=0.2, priority='ABOVE_NORMAL')]
+"""
+HOOK = """
+custom_hooks = [dict(type='emo2_mm.engine.hooks.SwitchToDeployHook')]
+"""
+
+
+def save(config: Path, folder: Path) -> str:
+    save_model(Config.fromfile(config), folder / 'model.pth')
+    return 'model.pth'
+
+
+def scores(path: str) -> Tensor:
+    return torch.stack([image['pred_score'] for image in pickle.loads(Path(path).read_bytes())])
+
+
+@pytest.mark.parametrize('more', ['', AVERAGE, HOOK], ids=['plain', 'averaged', 'in the config'])
+def test_deployed_model_predicts_the_same(tiny, call, tmp_path, more):
+    config = tiny('mmpretrain')
+    call('test.py', config, save(config, tmp_path), '--out', 'plain.pkl')
+    config.write_text(config.read_text() + more)
+    flags = [] if more == HOOK else ['--deploy']
+    runner = call('test.py', config, 'model.pth', '--out', 'deployed.pkl', *flags)
+    assert runner.model.backbone.deployed
+    torch.testing.assert_close(scores('deployed.pkl'), scores('plain.pkl'), rtol=1e-4, atol=1e-6)
+
+
+def test_deployed_weights_need_a_deployed_backbone(tiny, call, tmp_path):
+    config = tiny('mmpretrain')
+    runner = call('test.py', config, save(config, tmp_path), '--deploy')
+    torch.save(dict(state_dict=runner.model.state_dict()), 'deployed.pth')
+    with pytest.raises(SystemExit, match='error: the weights are deployed ones'):
+        call('test.py', config, 'deployed.pth')
+    call('test.py', config, 'deployed.pth', '--cfg-options', 'model.backbone.deploy=True')
+    with pytest.raises(SystemExit, match='error: this EMOv2 was switched to deploy'):
+        call('train.py', config, '--cfg-options', 'model.backbone.deploy=True')

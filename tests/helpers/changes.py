@@ -248,7 +248,9 @@ CHANGES: dict[str, Change] = {
     'no activation': replace('stages.2.0.expand.act', lambda m: nn.Identity()),
     'activation in place': settings(f'{CONV}.depthwise_act', inplace=True),
     'expand with more': on(f'{CONV}.expand', lambda m: m.append(nn.Tanh())),
-    'expand in another order': on(f'{CONV}.expand', lambda m: m._modules.move_to_end('linear')),
+    'expand in another order': on(
+        f'{CONV}.expand', lambda m: m._modules.update(linear=m._modules.pop('linear'))
+    ),
     # replaced layers and blocks
     'adapter of q and k': replace(f'{ATTEND}.expand.qk', Adapted),
     'adapter of v': replace(f'{ATTEND}.expand.v', Adapted),

@@ -20,7 +20,7 @@ from torch.hub import HASH_REGEX
 from emo2_mm import EMOv2, __version__
 from emo2_mm import publish as publication
 from emo2_mm.apis import init_inferencer
-from emo2_mm.weights.load import find_state_dict, match_weights
+from emo2_mm.weights.load import find_state_dict, load_backbone_weights, match_weights
 from emo2_mm.weights.read import read_checkpoint
 
 pytestmark = pytest.mark.both_stacks
@@ -245,3 +245,73 @@ def test_class_names_reach_inference(scope, kind, tmp_path):
 
         inferencer = DetInferencer(cfg, path, device='cpu')
         assert inferencer.visualizer.dataset_meta['classes'] == ['night', 'day']
+
+
+class TestDeploy:
+    @pytest.fixture
+    def cfg(self) -> str:
+        return """
+model = dict(
+    backbone=dict(
+        arch='1m',
+        frozen_stages=-1,
+        init_cfg=dict(checkpoint='x.pth', type='Pretrained'),
+        norm_cfg=dict(eps=0.01, type='BN'),
+        out_indices=(
+            0,
+            1,
+            2,
+            3,
+        ),
+        type='emo2_mm.EMOv2'),
+    type='RetinaNet')
+"""
+
+    def test_folds_the_backbone_as_its_config_says(self, cfg, weights, kind, tmp_path):
+        torch.save(checkpoint(weights, cfg=cfg), tmp_path / 'epoch_12.pth')
+        said = publication.publish(tmp_path / 'epoch_12.pth', tmp_path / f'det.{kind}', deploy=True)
+        path = Path(said.split(': ')[0])
+        assert 'arch 1m, recipe retinanet_emo2_1m, deployed' in said
+        content = read_checkpoint(path)
+        assert content['meta']['deployed'] in (True, 'true')
+        state_dict = content['state_dict']
+        assert torch.equal(state_dict['bbox_head.retina_cls.weight'], torch.ones(2, 8))
+
+        x, norm_cfg = torch.rand(1, 3, 64, 64), dict(type='BN', eps=0.01)
+        deployed, trained = EMOv2('1m', deploy=True), EMOv2('1m', norm_cfg=norm_cfg).eval()
+        load_backbone_weights(deployed, path)
+        load_backbone_weights(trained, tmp_path / 'epoch_12.pth')
+        with torch.no_grad():
+            for a, b in zip(deployed(x), trained(x)):
+                assert ((a - b).norm() / b.norm()).item() < 1e-5
+        with pytest.raises(ValueError, match='build it with deploy=True'):
+            load_backbone_weights(trained, path)
+
+        again = publication.publish(path, tmp_path / f'again.{kind}')
+        assert ', deployed' in again  # and the metadata still say so
+        with pytest.raises(ValueError, match='deployed already; leave out --deploy'):
+            publication.publish(path, tmp_path / f'again.{kind}', deploy=True)
+
+    @pytest.mark.parametrize(
+        ('text', 'message'),
+        [
+            ("model = dict(type='RetinaNet')", 'no model.backbone'),
+            ("model = dict(backbone=dict(type='ResNet', depth=50))", 'its backbone is ResNet'),
+            ("model = dict(backbone=dict(type='EMOv2', depth=50))", "unexpected keyword argument 'depth'"),
+            ("model = dict(backbone=dict(type='EMOv2', arch='2m'))", "the file contains arch '1m'"),
+            ("model = dict(backbone=__import__('os').system('exit 1'))", 'malformed node'),
+            ('model = dict(', 'is no Python'),
+            (None, 'no config in its metadata'),
+        ],
+    )
+    def test_a_config_that_does_not_fit(self, text, message, weights, tmp_path):
+        torch.save(checkpoint(weights, cfg=text), tmp_path / 'epoch_12.pth')
+        with pytest.raises(ValueError, match=message):
+            publication.publish(tmp_path / 'epoch_12.pth', tmp_path / 'det.pth', deploy=True)
+        assert [path.name for path in tmp_path.iterdir()] == ['epoch_12.pth']
+
+    def test_option_of_the_tool(self, cfg, weights, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        torch.save(checkpoint(weights, cfg=cfg), 'epoch_12.pth')
+        call_tool('publish_model.py', 'epoch_12.pth', 'det.pth', '--deploy')
+        assert ', deployed' in capsys.readouterr().out
