@@ -18,6 +18,8 @@ from emo2_mm import EMOv2, cpu
 from emo2_mm.cpu import inference, row_strips
 from emo2_mm.cpu.row_strips import by_strips
 
+pytestmark = pytest.mark.both_stacks
+
 
 @pytest.fixture(autouse=True)
 def _enabled() -> Iterator[None]:

@@ -15,7 +15,10 @@ from emo2_mm import cpu
 from emo2_mm.cpu import PackedLinear, packed_linear
 from emo2_mm.cpu.packed_linear import HAS_ONEDNN, linear
 
-pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason='this torch has no oneDNN, or hides it')
+pytestmark = [
+    pytest.mark.both_stacks,
+    pytest.mark.skipif(not HAS_ONEDNN, reason='this torch has no oneDNN, or hides it'),
+]
 
 LIMIT = 1e-6  # of rounding in float32
 

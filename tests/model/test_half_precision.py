@@ -15,6 +15,8 @@ from emo2_mm import cpu
 from emo2_mm.attention import SEWMHSA
 from emo2_mm.cpu.window_attention import gelu_and_attend
 
+pytestmark = pytest.mark.both_stacks
+
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 Take = Callable[[str, nn.Module], nn.Module]
