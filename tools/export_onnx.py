@@ -1,27 +1,20 @@
-"""Export a classifier, a segmentor, a detector or the backbone alone to ONNX, and check the graph.
+"""Export a model to one ONNX file: tools/export.py under its old name and with its old arguments.
 
     python tools/export_onnx.py CONFIG CHECKPOINT --shape 224 224 --out model.onnx
 
-The graph takes `image`, normalised images (batch, 3, height, width): any number of them, of the size given
-with --shape, or with --dynamic of any size. It gives
+The file takes normalized images (batch, 3, height, width) and gives the maps of the heads, or logits. That is
 
-    logits                    of a classifier: (batch, classes), before the softmax
-    logits                    of a segmentor: (batch, classes, height, width), before the argmax
-    cls_score_0, bbox_pred_0  of a detector: what its head says of level 0, 1 ..., before boxes are decoded;
-                              of one with two stages rpn_cls_score_0 ... and its neck's maps, feature_0 ...
-    stride_4 ... stride_32    with --backbone: the maps of the stages
+    python tools/export.py CONFIG CHECKPOINT --format onnx --raw --float-input --out DIR
 
-Norms are folded into the weights. The metadata of the file (texts; lists and numbers as JSON) say how images
-are normalised and what the classes are called. With --quantize an int8 graph is written, too: NAME_int8.onnx.
-
-The exit code is 0, or 1 if onnxruntime computes something else than torch: then no file is written; or 2 if
-the arguments cannot be used.
+of which only the model is kept; with --quantize also NAME_int8.onnx. New projects should take tools/export.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -36,41 +29,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='its checkpoint (with --backbone also published weights)')
     parser.add_argument('--backbone', action='store_true', help='export the backbone alone')
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        '--shape',
-        type=int,
-        nargs='+',
-        metavar='N',
-        help='height and width of the images, or one number for both (default: what the config tests at)',
-    )
-    size.add_argument('--dynamic', action='store_true', help='take images of any size; slightly slower')
+    size.add_argument('--shape', type=int, nargs='+', metavar='N', help='height and width of the images')
+    size.add_argument('--dynamic', action='store_true', help='take images of any size')
     parser.add_argument('--out', type=Path, help='file to write (default: NAME_OF_CONFIG.onnx)')
-    parser.add_argument(
-        '--quantize',
-        type=Path,
-        metavar='FOLDER',
-        help='also write an int8 graph, calibrated on the images in this folder and the folders in it',
-    )
+    parser.add_argument('--quantize', type=Path, metavar='FOLDER', help='also write an int8 file')
     add_config_options(parser)
     return parser.parse_args()
 
 
 def main() -> int:
-    args = parse_args()
+    args = vars(parse_args())
     warnings.simplefilter('ignore')
-    # After the arguments are read: importing torch takes seconds
-    from emo2_mm.export.onnx import export_onnx
+    from emo2_mm.export.exporter import Options, export
 
-    return export_onnx(
-        args.config,
-        args.checkpoint,
-        args.backbone,
-        args.shape,
-        args.dynamic,
-        args.out,
-        args.quantize,
-        args.cfg_options,
-    )
+    config, checkpoint, out = args.pop('config'), args.pop('checkpoint'), args.pop('out')
+    out = out or Path(Path(config).stem + ('_backbone' if args['backbone'] else '') + '.onnx')
+    with tempfile.TemporaryDirectory() as folder:
+        options = Options(formats=['onnx'], out=Path(folder, 'bundle'), raw=True, float_input=True, **args)
+        status = export(config, checkpoint, options)
+        if status == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(options.out / 'model.onnx', out)
+            print(out)
+            if args['quantize']:
+                small = out.with_name(f'{out.stem}_int8.onnx')
+                shutil.copyfile(options.out / 'model-int8.onnx', small)
+                print(small)
+    return status
 
 
 if __name__ == '__main__':

@@ -7,6 +7,8 @@ A format is an entry of :data:`FORMATS`. Its file is run by the class of the sam
 from __future__ import annotations
 
 import importlib.util
+import json
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
@@ -31,6 +33,8 @@ class Source:
         meta: Content of model.json but for ``models``, to be stored in the file where it has room.
         folder: Temporary folder for intermediate files.
         calibration: Inputs of a batch of one for int8, if asked for.
+        opset: Of ONNX; None is the newest that suits all.
+        notes: What a converter adds to the entry in model.json, by precision.
     """
 
     network: nn.Module
@@ -40,13 +44,15 @@ class Source:
     meta: dict[str, Any]
     folder: Path
     calibration: list[np.ndarray] = field(default_factory=list)
+    opset: int | None = None
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _graph: Any = None
 
     def graph(self) -> Any:
         """The model as an ONNX ``ModelProto``, traced once."""
         if self._graph is None:
-            self._graph = trace(self.network, self.example, self.outputs, self.axes)
-        return self._graph
+            self._graph = trace(self.network, self.example, self.outputs, self.axes, self.opset)
+        return deepcopy(self._graph)
 
     def onnx_file(self) -> Path:
         """The model as an ONNX file in :attr:`folder`, for converters that read one."""
@@ -105,7 +111,9 @@ class Format:
         if missing:
             commands = self.environment or (f'pip install {self.install}',)
             remedy = '\n'.join(f'  {command}' for command in commands)
-            raise UserError(f'--format {self.name} needs {", ".join(missing)}, not installed here; run\n{remedy}')
+            raise UserError(
+                f'--format {self.name} needs {", ".join(missing)}, not installed here; run\n{remedy}'
+            )
 
 
 def write_onnx(source: Source, folder: Path, precision: str) -> list[str]:
@@ -114,7 +122,8 @@ def write_onnx(source: Source, folder: Path, precision: str) -> list[str]:
 
     graph = source.graph()
     if precision == 'int8':
-        graph = int8.quantize(graph, source.calibration)
+        graph, kept = int8.quantize(graph, source.calibration)
+        source.notes['int8'] = dict(float_layers=kept)
     elif precision == 'fp16':
         graph = int8.to_half(graph)
     import_onnx('onnx').helper.set_model_props(graph, flat_metadata(source.meta))
@@ -146,8 +155,6 @@ def write_torchscript(source: Source, folder: Path, precision: str) -> list[str]
 
 def flat_metadata(meta: dict[str, Any]) -> dict[str, str]:
     """Metadata as texts: a text stays, anything else becomes JSON."""
-    import json
-
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
 
 

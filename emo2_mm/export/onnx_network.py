@@ -1,9 +1,10 @@
-"""EMOv2 in the layout that ONNX Runtime computes fastest; :mod:`emo2_mm.export.onnx` traces it.
+"""EMOv2 as it is exported: in the layout that ONNX Runtime computes fastest, with tensors of rank 4 at most.
 
 The maps between blocks are (B, C, H, W), and the 1x1 layers next to depth-wise convolutions are
 convolutions: the runtime keeps all of them in a blocked layout of its own. Layer norm, GELU and the linear
 layers in front of it see (B, H, W, C); the permutations in between become part of the runtime's reordering.
-In a graph of one size the shapes are constants, and what needs no padding has none.
+Windows are gathered by swapping two axes at a time, for several runtimes take no tensor of a higher rank. In
+a graph of one size the shapes are constants, and what needs no padding has none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from ..cpu.window_attention import is_one_window
 from ..emov2 import I2RMB, EMOv2
 
 OPSET = 17  # the newest that torch 2.1 writes; it has LayerNormalization
+
+
+def is_one(count: int) -> bool:
+    """Whether a number of windows is 1, and not a traced number that stands for any."""
+    return isinstance(count, int) and count == 1
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -50,19 +56,31 @@ class WindowAttention(nn.Module):
         self.v = attention.v
 
     def split(self, x: Tensor, channels: int, n1: int, n2: int, distant: bool) -> Tensor:
-        """Gather windows (B * n1 * n2, heads, size**2, d) of a map (B, n1 * size, n2 * size, channels)."""
-        size, heads, d = self.size, self.heads, channels // self.heads
+        """Gather windows (B * n1 * n2, heads, size**2, d) of a map (B, n1 * size, n2 * size, channels).
+
+        Axes are swapped one pair at a time, so that no tensor has more than four.
+        """
+        size, heads = self.size, self.heads
         if distant:
-            x = x.reshape(-1, size, n1, size, n2, heads, d).permute(0, 2, 4, 5, 1, 3, 6)
-        else:
-            x = x.reshape(-1, n1, size, n2, size, heads, d).permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(-1, heads, size * size, d)
+            if not is_one(n1):
+                x = x.reshape(-1, size, n1, size * n2 * channels).transpose(1, 2)
+            if not is_one(n2):
+                x = x.reshape(-1, size * size, n2, channels).transpose(1, 2)
+        elif not is_one(n2):
+            x = x.reshape(-1, size, n2, size * channels).transpose(1, 2)
+        return x.reshape(-1, size * size, heads, channels // heads).transpose(1, 2)
 
     def merge(self, x: Tensor, n1: int, n2: int, distant: bool) -> Tensor:
-        """Put the windows of v back into a map (B, n1 * size, n2 * size, channels)."""
-        size, heads, channels = self.size, self.heads, self.v.out_features
-        x = x.reshape(-1, n1, n2, heads, size, size, channels // heads)
-        x = x.permute(0, 4, 1, 5, 2, 3, 6) if distant else x.permute(0, 1, 4, 2, 5, 3, 6)
+        """Put the windows of v back into a map (B, n1 * size, n2 * size, channels): :meth:`split` in reverse."""
+        size, channels = self.size, self.v.out_features
+        x = x.transpose(1, 2)
+        if distant:
+            if not is_one(n2):
+                x = x.reshape(-1, n2, size * size, channels).transpose(1, 2)
+            if not is_one(n1):
+                x = x.reshape(-1, n1, size, size * n2 * channels).transpose(1, 2)
+        elif not is_one(n2):
+            x = x.reshape(-1, n2, size, size * channels).transpose(1, 2)
         return x.reshape(-1, n1 * size, n2 * size, channels)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -81,7 +99,7 @@ class WindowAttention(nn.Module):
             attention = (queries @ keys.transpose(-2, -1)).softmax(-1)
             return self.merge(attention @ values, n1, n2, distant)
 
-        one = fixed and is_one_window(h, w, size)
+        one = is_one(n1) and is_one(n2)  # then both kinds of windows are the whole map
         y = 2 * attend(False) if one else attend(False) + attend(True)
         return y[:, :h, :w] if padded else y
 
@@ -119,7 +137,7 @@ class OnnxEMOv2(nn.Module):
 
     Args:
         backbone: After ``switch_to_deploy()``; weights are shared where they can be.
-        dynamic: Whether the graph shall take images of any size, not only of that of the example.
+        dynamic: Whether the graph must take images of any size, not only of that of the example.
     """
 
     def __init__(self, backbone: EMOv2, dynamic: bool) -> None:
@@ -207,7 +225,13 @@ def import_onnx(name: str) -> Any:
 
 
 @torch.no_grad()
-def trace(network: nn.Module, x: Tensor, names: list[str], axes: dict[str, dict[int, str]]) -> Any:
+def trace(
+    network: nn.Module,
+    x: Tensor,
+    names: list[str],
+    axes: dict[str, dict[int, str]],
+    opset: int | None = None,
+) -> Any:
     """Record what a network computes as an ONNX graph, and check the graph.
 
     Args:
@@ -215,6 +239,7 @@ def trace(network: nn.Module, x: Tensor, names: list[str], axes: dict[str, dict[
         x: Images, the input ``image`` of the graph.
         names: Of the outputs.
         axes: The axes of ``image`` and outputs that may have any length, and what they are called.
+        opset: Defaults to ``OPSET``.
     """
     onnx = import_onnx('onnx')
     # newer torch goes through dynamo unless it is told not to
@@ -229,7 +254,7 @@ def trace(network: nn.Module, x: Tensor, names: list[str], axes: dict[str, dict[
             input_names=['image'],
             output_names=names,
             dynamic_axes=axes,
-            opset_version=OPSET,
+            opset_version=opset or OPSET,
             **tracing,
         )
     graph = onnx.load_from_string(file.getvalue())

@@ -265,7 +265,9 @@ def prepare(image: np.ndarray, meta: dict[str, Any], entry: dict[str, Any]) -> P
 # ---------------------------------------------------------------------------------------------- answers
 
 
-def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_thr: float, most: int) -> list[int]:
+def suppress(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_thr: float, most: int
+) -> list[int]:
     """Non-maximum suppression within each class; indices of what is kept, best first.
 
     Args:
@@ -430,7 +432,10 @@ class Model:
     def run(self, array: np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Outputs by name (all, or those of ``names``) for an input array such as ``prepare()`` makes."""
         names = self.outputs if names is None else names
-        return dict(zip(names, self.runtime(array, names)))
+        batch, count = self.entry['input']['shape'][0], len(array)
+        if isinstance(batch, int) and count < batch:  # a model that takes just so many
+            array = np.concatenate([array, np.repeat(array[-1:], batch - count, axis=0)])
+        return {name: y[:count] for name, y in zip(names, self.runtime(array, names))}
 
     def prepare(self, image: str | Path | np.ndarray) -> Prepared:
         """Prepare an image: a file, or (H, W, 3) uint8 in RGB."""
@@ -455,7 +460,9 @@ class Model:
         """
         answers = self.entry['answers']
         if answers not in ('detections', 'boxes', 'probabilities', 'map'):
-            raise ValueError(f'this model gives {answers}, which are not decoded here; call run(prepare(...))')
+            raise ValueError(
+                f'this model gives {answers}, which are not decoded here; call run(prepare(...))'
+            )
         pixels = self._pixels(image)
         prepared = prepare(pixels, self.meta, self.entry)
         height, width = prepared.size
@@ -463,7 +470,7 @@ class Model:
         if answers == 'probabilities':
             found['classes'] = self._classes(self.run(prepared.array)['probabilities'][0])
         elif answers == 'map':
-            found['map'] = self._map(prepared)
+            found['map'] = self.map(prepared)
             found['segments'] = self._segments(found['map'])
         else:
             thr = self.meta['score_thr'] if score_thr is None else score_thr
@@ -526,7 +533,8 @@ class Model:
         model_size = prepared.array.shape[at : at + 2]
         return enlarge_logits(logits, prepared, self.meta['align_corners'], model_size)
 
-    def _map(self, prepared: Prepared) -> np.ndarray:
+    def map(self, prepared: Prepared) -> np.ndarray:
+        """Class numbers of a segmentor at the size of the image: (H, W)."""
         logits = self.logits(prepared)
         if len(logits) == 1:  # of a binary segmentor
             t = self.meta['binary_thr']
@@ -653,10 +661,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 if files were skipped because they cannot be read; 2 if nothing could be done."""
     parser = argparse.ArgumentParser(description='Run the exported model next to this file on images.')
     parser.add_argument('images', type=Path, metavar='IMAGE_OR_FOLDER')
-    parser.add_argument('--out', type=Path, required=True, help='folder for pictures (vis/) and JSON (preds/)')
+    parser.add_argument(
+        '--out', type=Path, required=True, help='folder for pictures (vis/) and JSON (preds/)'
+    )
     parser.add_argument('--score-thr', type=float, help='detectors: leave out lower scores')
-    parser.add_argument('--model', metavar='NAME', help='a key of "models" in model.json (default: the first)')
-    parser.add_argument('--bundle', type=Path, default=Path(__file__).resolve().parent, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--model', metavar='NAME', help='a key of "models" in model.json (default: the first)'
+    )
+    parser.add_argument(
+        '--bundle', type=Path, default=Path(__file__).resolve().parent, help=argparse.SUPPRESS
+    )
     parser.add_argument('--threads', type=int, help="for the runtime (default: the runtime's choice)")
     args = parser.parse_args(arguments)
     try:
