@@ -7,7 +7,7 @@ Pillow and the runtime), README.md and an example picture. The models are end to
 (batch, height, width, 3), and out come
 
     dets, labels    of a detector: boxes with scores (batch, K, 5) and classes (batch, K), after NMS;
-                    of Mask R-CNN also masks. Formats without NMS give boxes and scores, and predict.py chooses
+                    of Mask R-CNN also masks. Formats without NMS give boxes and scores; predict.py chooses
     map             of a segmentor: the class of each pixel, and the logits
     probabilities   of a classifier
     stride_4 ...    with --backbone: the feature maps of the stages

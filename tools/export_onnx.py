@@ -6,7 +6,7 @@ The file takes normalized images (batch, 3, height, width) and gives the maps of
 
     python tools/export.py CONFIG CHECKPOINT --format onnx --raw --float-input --out DIR
 
-of which only the model is kept; with --quantize also NAME_int8.onnx. New projects should take tools/export.py.
+of which only the model is kept; with --quantize also NAME_int8.onnx. Prefer tools/export.py.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from . import predict
 
 RESULTS = {
     'detection': '`objects`: `class`, `label`, `score` and `box` (x1, y1, x2, y2 in pixels of the image)',
-    'instance segmentation': '`objects`: `class`, `label`, `score`, `box` (x1, y1, x2, y2 in pixels of the image) '
-    "and `mask` (COCO's run-length encoding)",
-    'segmentation': "`segments`: `class`, `label` and `share` of the pixels; `map`: the file of each pixel's class",
+    'instance segmentation': '`objects`: `class`, `label`, `score`, `box` (x1, y1, x2, y2 in pixels of the '
+    "image) and `mask` (COCO's run-length encoding)",
+    'segmentation': '`segments`: `class`, `label` and `share` of the pixels; `map`: the class of each pixel',
     'classification': '`classes`: the best five with `class`, `label` and `score`',
 }
 
@@ -146,8 +146,8 @@ def write_readme(
             lines.append(f'- `{output["name"]}`, {shape} {output["dtype"]}{meaning}')
         lines += [f'- Limit: {limit}.' for limit in entry.get('limits', [])] + ['']
     lines += [
-        '`preprocess` in model.json says how an image becomes the input; `predict.py` does so, and maps boxes and '
-        'maps back to the image.',
+        '`preprocess` in model.json says how an image becomes the input; `predict.py` does so, and brings boxes '
+        'and class maps back to the size of the image.',
         '',
     ]
     (folder / 'README.md').write_text('\n'.join(lines), encoding='utf-8')

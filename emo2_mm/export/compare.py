@@ -96,8 +96,8 @@ def compare(
         limit: Largest error allowed; None allows any.
 
     Raises:
-        UserError: If the error is larger, a number is not finite, fewer than 99.5 % of the boxes are found again,
-            or fewer than 99.9 % of the pixels of a class map are equal (boxes and pixels not in half precision).
+        UserError: If the error is larger, a number is not finite, fewer than 99.5 % of the boxes are found
+            again, or fewer than 99.9 % of the pixels of a class map are equal (the last two in fp32 alone).
     """
     found, expected = dict(zip(names, ours)), dict(zip(names, theirs))
     errors = {}
@@ -118,7 +118,7 @@ def compare(
     for name, error in errors.items():
         if not np.isfinite(error) or (limit is not None and error > limit):
             raise UserError(
-                f'output {name} differs from torch by {error:.1e} (relative norm), at most {limit:.0e} is allowed'
+                f'output {name} differs from torch by {error:.1e} (relative norm), more than {limit:.0e}'
                 if limit is not None
                 else f'output {name} is not finite or of another shape than in torch'
             )

@@ -74,7 +74,7 @@ class Suppress(torch.autograd.Function):
 
 
 class AlignRegions(torch.autograd.Function):
-    """RoIAlign as MMCV computes it with ``aligned=True`` and ``sampling_ratio=0``, in ONNX as its operator."""
+    """RoIAlign as MMCV computes it with ``aligned=True`` and ``sampling_ratio=0``; an operator of ONNX."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, regions: Tensor, batch: Tensor, size: int, scale: float) -> Tensor:
@@ -251,7 +251,7 @@ class Dense(nn.Module):
         return found
 
     def candidates(self, maps: tuple[Tensor, ...], limit: Tensor, pre: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best ``pre`` pairs of anchor and class of each level: boxes (N, P, 4), scores and labels (N, P).
+        """The best ``pre`` pairs of anchor and class of each level: boxes (N, P, 4), scores, labels (N, P).
 
         MMDetection first drops low scores; here suppression does so afterwards, which is the same.
         """
@@ -295,12 +295,13 @@ class Regions(nn.Module):
         sides = boxes[:, 2:] - boxes[:, :2]
         scale = (sides[:, 0] * sides[:, 1]).clamp(min=0).sqrt()
         level = (scale / self.finest + 1e-6).log2().floor().clamp(0, len(self.scales) - 1)
-        found = 0
+        found = maps[0].new_zeros(1)
         for i, factor in enumerate(self.scales):
-            here = (level == i).to(boxes.dtype)
-            # A region of another level shrinks to a point, which costs nothing.
-            features = AlignRegions.apply(maps[i], boxes * here[:, None], batch, self.size, factor)
-            found = found + features * here[:, None, None, None]
+            here = level == i
+            # A region of another level shrinks to a point, which costs next to nothing.
+            points = boxes * here.to(boxes.dtype)[:, None]
+            features = AlignRegions.apply(maps[i], points, batch, self.size, factor)
+            found = torch.where(here[:, None, None, None], features, found)
         return found
 
 

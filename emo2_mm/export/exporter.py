@@ -115,7 +115,7 @@ class Exported:
 
 
 def check_classes(cfg: Config, checkpoint: str) -> None:
-    """Raise ``UserError`` if the class names of a checkpoint or config are not as many as the model's classes."""
+    """Raise ``UserError`` if a checkpoint or config names more or fewer classes than the model has."""
     from ..apis import find_names
 
     content = read_checkpoint(checkpoint)
@@ -125,8 +125,8 @@ def check_classes(cfg: Config, checkpoint: str) -> None:
     names = known.get('classes') if isinstance(known, dict) else None
     if isinstance(names, (list, tuple)) and len(names) != count:
         raise UserError(
-            f'{checkpoint} names {len(names)} classes ({", ".join(map(str, names[:3]))} ...), but the model of '
-            f'{cfg.filename} has {count}; give the config that it was trained with'
+            f'{checkpoint} names {len(names)} classes ({", ".join(map(str, names[:3]))} ...), but the model '
+            f'of {cfg.filename} has {count}; give the config that it was trained with'
         )
     dataset = cfg.get('test_dataloader', {}).get('dataset', {})
     while 'dataset' in dataset:
@@ -134,8 +134,8 @@ def check_classes(cfg: Config, checkpoint: str) -> None:
     names = (dataset.get('metainfo') or {}).get('classes')
     if isinstance(names, (list, tuple)) and len(names) != count:
         raise UserError(
-            f'{cfg.filename}: metainfo of the data names {len(names)} classes, but num_classes of the model is '
-            f'{count}; make them agree'
+            f'{cfg.filename}: metainfo of the data names {len(names)} classes, but num_classes of the model '
+            f'is {count}; make them agree'
         )
 
 
@@ -239,7 +239,7 @@ def describe_anchors(head: nn.Module) -> dict[str, Any]:
         found['anchors'] = {
             # of each level, at its first cell; the cell (x, y) adds (x, y, x, y) times the stride
             'base': [anchors.tolist() for anchors in priors.base_anchors],
-            'order': 'rows of cells, cells, anchors of a cell; channels of a map: anchor x class or anchor x 4',
+            'order': 'rows of cells, cells, anchors of a cell; channels: anchor x class, or anchor x 4',
         }
         found['score_activation'] = 'sigmoid' if head.use_sigmoid_cls else 'softmax, the last is background'
     if type(coder).__name__ == 'DeltaXYWHBBoxCoder':
@@ -541,8 +541,8 @@ def export(config: str, checkpoint: str, options: Options) -> int:
         options: The rest.
 
     Returns:
-        The exit code: 0; 1 if a model disagrees with torch or cannot be converted, then nothing is written; 2 if
-        the arguments cannot be used.
+        The exit code: 0; 1 if a model disagrees with torch or cannot be converted, then nothing is written; 2
+        if the arguments cannot be used.
     """
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
@@ -554,7 +554,8 @@ def export(config: str, checkpoint: str, options: Options) -> int:
         with redirect_stdout(io.StringIO()):  # what the libraries say of weights
             loaded = load(cfg, checkpoint, options.backbone)
         meta = describe(cfg, checkpoint, loaded, None if options.dynamic else shape, options)
-        pictures = sample_pictures(cfg, loaded, images)
+        with redirect_stdout(io.StringIO()):  # what pycocotools says
+            pictures = sample_pictures(cfg, loaded, images)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -610,7 +611,7 @@ def build(cfg: Config, exporter: Exporter, formats: list[Format], folder: Path, 
     picture = draw_example(exporter, folder, models)
     threads = torch.get_num_threads()
     notes = [
-        f'`error`: against torch, relative, the worst of {len(exporter.pictures)} pictures, noise and batches. '
+        f'`error`: against torch, relative, the worst of {len(exporter.pictures)} pictures, noise and a batch. '
         f'`ms`: one image, {threads} thread(s), medians of runs in alternation on the machine that exported'
         + (f'; torch as loaded: {times[0]:.1f} ms.' if times else '.'),
         *notes,

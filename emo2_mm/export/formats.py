@@ -26,7 +26,7 @@ class Source:
     """A model as a converter takes it.
 
     Attributes:
-        network: In eval mode, folded, all tensors of rank 4 at most; maps :attr:`example` to a tuple of tensors.
+        network: In eval mode, folded, with tensors of rank 4 at most; maps :attr:`example` to a tuple.
         example: Input of the exported size: (N, H, W, 3) uint8 or (N, 3, H, W) float32.
         outputs: Names of the outputs.
         axes: Axes of ``image`` and of the outputs that are free, with names: ``{'image': {0: 'batch'}}``.
@@ -72,16 +72,16 @@ class Format:
         modules: Names that must be importable to convert.
         install: Arguments of ``pip install`` for converting.
         runtime: Arguments of ``pip install`` for running.
-        convert: Writes the model into a folder, in a precision; returns the names of the files, the one to load
-            first.
+        convert: Writes the model into a folder, in a precision; returns the names of the files, first the one
+            to load.
         precisions: Out of 'fp32', 'fp16' and 'int8'.
-        nms: Whether non-maximum suppression can be in the file. Otherwise it has decoded boxes, and predict.py
-            chooses among them.
+        nms: Whether non-maximum suppression can be in the file. Otherwise it has decoded boxes, and
+            predict.py chooses among them.
         dtype: 'uint8', images (N, H, W, 3), normalized inside, or 'float32', normalized ones (N, 3, H, W).
         dynamic: Whether images of any size can be taken.
         free_batch: Whether any number of images can be taken at once.
-        check: For a format that cannot run on Linux: checks the written files in another way, returns in words
-            what was checked, and raises ``UserError`` if they are wrong.
+        check: For a format that cannot run on Linux: checks the written files in another way, returns in
+            words what was checked, and raises ``UserError`` if they are wrong.
         environment: Commands for an environment of its own, where ``install`` does not fit into this one.
         limits: What it cannot do, in words.
     """

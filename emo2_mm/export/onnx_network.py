@@ -71,7 +71,7 @@ class WindowAttention(nn.Module):
         return x.reshape(-1, size * size, heads, channels // heads).transpose(1, 2)
 
     def merge(self, x: Tensor, n1: int, n2: int, distant: bool) -> Tensor:
-        """Put the windows of v back into a map (B, n1 * size, n2 * size, channels): :meth:`split` in reverse."""
+        """Put the windows of v back into a map (B, n1 * size, n2 * size, channels), as in :meth:`split`."""
         size, channels = self.size, self.v.out_features
         x = x.transpose(1, 2)
         if distant:

@@ -7,8 +7,8 @@
     model = Model('FOLDER_OF_THIS_FILE')
     found = model('photo.jpg')
 
-It needs Python 3.8 or newer, NumPy, Pillow and the runtime of the model (README.md names it). All that it knows
-about the model is in model.json next to it: how images are prepared, what comes out, the names of the classes.
+It needs Python 3.8 or newer, NumPy, Pillow and the runtime of the model (README.md names it). All that it
+knows about the model is in model.json next to it: how images are prepared, what comes out, class names.
 """
 
 from __future__ import annotations
@@ -120,17 +120,17 @@ def read_image(path: str | Path) -> np.ndarray:
 def resize_bilinear(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """Resize (H, W, 3) uint8 as OpenCV's INTER_LINEAR does, in its fixed-point arithmetic."""
 
-    def places(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def places(old: int, new: int, clamp: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         x = ((np.arange(new) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
         first = np.floor(x).astype(np.int64)
         share = x - first.astype(np.float32)
-        share[(first < 0) | (first >= old - 1)] = 0
-        first = first.clip(0, old - 1)
+        if clamp:
+            share[(first < 0) | (first >= old - 1)] = 0
         weights = [np.rint(w * np.float32(2048)).astype(np.int32) for w in (1 - share, share)]
-        return first, np.minimum(first + 1, old - 1), weights[0], weights[1]
+        return first.clip(0, old - 1), (first + 1).clip(0, old - 1), weights[0], weights[1]
 
-    left, right, a, b = places(image.shape[1], width)
-    top, bottom, c, d = places(image.shape[0], height)
+    left, right, a, b = places(image.shape[1], width, True)
+    top, bottom, c, d = places(image.shape[0], height, False)  # OpenCV rounds twice in the outermost rows
     rows = image.astype(np.int32)
     rows = (rows[:, left] * a[:, None] + rows[:, right] * b[:, None]) >> 4
     found = ((rows[top] * c[:, None, None]) >> 16) + ((rows[bottom] * d[:, None, None]) >> 16)
@@ -139,9 +139,10 @@ def resize_bilinear(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def resize_nearest(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """Resize as OpenCV's INTER_NEAREST does."""
-    height_old, width_old = image.shape[:2]
-    y = np.minimum(np.floor(np.arange(height) * (height_old / height)).astype(int), height_old - 1)
-    x = np.minimum(np.floor(np.arange(width) * (width_old / width)).astype(int), width_old - 1)
+    y, x = (
+        np.minimum(np.floor(np.arange(new) * (1 / (new / old))).astype(int), old - 1)
+        for new, old in zip((height, width), image.shape)
+    )
     return image[y[:, None], x]
 
 
@@ -171,8 +172,8 @@ def apply_step(image: np.ndarray, step: dict[str, Any]) -> np.ndarray:
     """Apply one step of model.json's ``preprocess`` to (H, W, 3) uint8.
 
     ``resize``: to ``scale`` (width, height), with ``keep_ratio`` the largest that fits the long side of
-    ``scale`` and its short side; ``factor`` instead of ``scale`` multiplies. ``fit`` (width, height) is a size
-    that the image must not exceed. ``resize_edge``: the edge ``short``, ``long``, ``width`` or ``height``
+    ``scale`` and its short side; ``factor`` instead of ``scale`` multiplies. ``fit`` (width, height) is a
+    size that the image must not exceed. ``resize_edge``: the edge ``short``, ``long``, ``width`` or ``height``
     becomes ``scale``. ``center_crop``: to ``size`` (width, height). ``pad``: at right and bottom to ``size``
     (width, height), to a multiple of ``divisor`` or to a square.
     """
@@ -449,11 +450,13 @@ class Model:
             score_thr: Detectors: leave out lower scores. Defaults to that of model.json.
 
         Returns:
-            A dict with ``width``, ``height`` and, of a detector, ``objects``: dicts with ``class``, ``label``,
-            ``score``, ``box`` (x1, y1, x2, y2 in pixels of the image) and, if it has masks, ``mask`` (COCO's
-            run-length encoding); of a classifier ``classes``: the best five, dicts with ``class``, ``label``
-            and ``score``; of a segmentor ``map``, (H, W) class numbers, and ``segments``: dicts with ``class``,
-            ``label`` and ``share``.
+            A dict with ``width``, ``height`` and
+
+            - of a detector ``objects``: dicts with ``class``, ``label``, ``score``, ``box`` (x1, y1, x2, y2 in
+              pixels of the image) and, if it has masks, ``mask`` (COCO's run-length encoding);
+            - of a classifier ``classes``: the best five, dicts with ``class``, ``label`` and ``score``;
+            - of a segmentor ``map``, (H, W) class numbers, and ``segments``: dicts with ``class``, ``label``
+              and ``share``.
 
         Raises:
             ValueError: If the image cannot be read, or the model gives maps that this file does not decode.
@@ -553,7 +556,7 @@ class Model:
         ]
 
 
-# ---------------------------------------------------------------------------------------------- pictures and files
+# ---------------------------------------------------------------------------------------------- files
 
 
 def decode_mask(mask: dict[str, Any]) -> np.ndarray:

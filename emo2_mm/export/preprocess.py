@@ -68,8 +68,8 @@ def preprocess_steps(cfg: Config, size: tuple[int, int] | None) -> list[dict[str
             step.update(backend=backend, interpolation=transform.get('interpolation', 'bilinear'))
             if step['interpolation'] not in INTERPOLATIONS.get(backend, ()):
                 raise UserError(
-                    f'the test pipeline resizes by {step["interpolation"]} of {backend}, which predict.py does '
-                    f'not have; it has {INTERPOLATIONS}'
+                    f'the test pipeline resizes by {step["interpolation"]} of {backend}, which predict.py '
+                    f'does not have; it has {INTERPOLATIONS}'
                 )
             if kind == 'Resize':
                 _resize(transform, step, size)
