@@ -146,8 +146,8 @@ def write_readme(
             lines.append(f'- `{output["name"]}`, {shape} {output["dtype"]}{meaning}')
         lines += [f'- Limit: {limit}.' for limit in entry.get('limits', [])] + ['']
     lines += [
-        '`preprocess` in model.json says how an image becomes the input; `predict.py` does so, and brings boxes '
-        'and class maps back to the size of the image.',
+        '`preprocess` in model.json says how an image becomes the input; `predict.py` does so, and brings '
+        'boxes and class maps back to the size of the image.',
         '',
     ]
     (folder / 'README.md').write_text('\n'.join(lines), encoding='utf-8')

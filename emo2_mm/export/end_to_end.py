@@ -389,6 +389,7 @@ class EndToEnd(nn.Module):
         self.model, self.scope, self.answers = model, scope, answers
         self.normalize, self.dynamic = normalize, dynamic
         self.names: list[str] = []
+        self.rules: dict[str, Any] | None = None  # of non-maximum suppression, of one stage
         self.levels: list[int] = []  # anchors of each level, of the last images
         if answers in ('detections', 'boxes'):
             self._build_detector()
@@ -408,7 +409,7 @@ class EndToEnd(nn.Module):
                 raise UserError(
                     'a detector of two stages needs NMS inside, which this format has not; give --raw'
                 )
-            self.two_stage, self.rules = TwoStage(model, self.dynamic), None
+            self.two_stage = TwoStage(model, self.dynamic)
             return
         head = model.bbox_head
         if not any(each.__name__ in SINGLE_STAGE for each in type(head).__mro__):

@@ -5,35 +5,24 @@ from __future__ import annotations
 import io
 import json
 import logging
-import re
 import sys
 import tempfile
 from contextlib import redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..analysis.complexity import checked, default_shape
-from ..analysis.timing import interleaved
 from ..config import parse_options
-from ..emov2 import EMOv2
 from ..errors import UserError
-from ..version import __version__
-from ..weights.load import load_backbone_weights
-from ..weights.read import read_checkpoint
 from . import predict
 from .accuracy import evaluate, headline, validation_images
 from .bundle import building, write_metadata, write_program, write_readme
@@ -41,215 +30,28 @@ from .compare import LIMITS, compare
 from .end_to_end import MEANINGS, EndToEnd, Normalize
 from .formats import FORMATS, Format, Source, find_formats
 from .int8 import find_images
+from .loading import Loaded, Options, folded, load
+from .metadata import describe
 from .onnx_network import replace
-from .preprocess import preprocess_steps, preprocessor_settings
+from .report import is_checked, markdown_rows, print_rows, table_rows, time_models
 
 ODD_SIZES = [(97, 64), (33, 250)]  # also compared with --dynamic; windows are padded, or larger than the map
 SAMPLES = 4  # pictures on which formats are compared with torch
-SCORE_THR = 0.3  # of what predict.py draws
-
-
-@dataclass
-class Options:
-    """What is exported, and how; see ``tools/export.py --help``.
-
-    Attributes:
-        formats: Names out of ``FORMATS``, or 'all'.
-        out: Folder of the bundle.
-        shape: Height and width of the model's input, or one number for both. Defaults to the size that the
-            config tests at.
-        dynamic: Take images of any size.
-        batch: Take just this number of images. Defaults to any number where the format allows, else 1.
-        quantize: Folder of images to calibrate int8 models on.
-        half: Also write models with weights in half precision.
-        opset: Of ONNX.
-        backbone: Export the backbone alone.
-        raw: Give the maps of the heads.
-        float_input: Take normalized images.
-        report: Write report.md and report.json into the bundle; a format that fails is listed and left out.
-        cfg_options: ``KEY=VALUE`` texts that override settings of the config.
-    """
-
-    formats: list[str]
-    out: Path
-    shape: Sequence[int] | None = None
-    dynamic: bool = False
-    batch: int | None = None
-    quantize: Path | None = None
-    half: bool = False
-    opset: int | None = None
-    backbone: bool = False
-    raw: bool = False
-    float_input: bool = False
-    report: bool = False
-    cfg_options: list[str] | None = None
-
-
-@dataclass
-class Loaded:
-    """A model in eval mode with its weights; ``meta`` is that of its data, None of a backbone alone."""
-
-    model: nn.Module
-    scope: str | None
-    inferencer: Any = None
-    data: dict[str, Any] | None = None
 
 
 @dataclass
 class Exported:
-    """What was written in one format and precision."""
+    """What was written in one format and precision.
 
-    format: Format
-    precision: str
-    entry: dict[str, Any]
-    run: Callable[[np.ndarray], list[np.ndarray]]
-    sample: np.ndarray
-    size: float = 0.0  # MB
-    error: float | None = None
-    checked: str = ''
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.format.name if self.precision == 'fp32' else f'{self.format.name}-{self.precision}'
-
-
-def check_classes(cfg: Config, checkpoint: str) -> None:
-    """Raise ``UserError`` if a checkpoint or config names more or fewer classes than the model has."""
-    from ..apis import find_names
-
-    content = read_checkpoint(checkpoint)
-    meta = content.get('meta') if isinstance(content, dict) else None
-    known = meta.get('dataset_meta') if isinstance(meta, dict) else None
-    count = len(find_names(None, cfg)['classes'])
-    names = known.get('classes') if isinstance(known, dict) else None
-    if isinstance(names, (list, tuple)) and len(names) != count:
-        raise UserError(
-            f'{checkpoint} names {len(names)} classes ({", ".join(map(str, names[:3]))} ...), but the model '
-            f'of {cfg.filename} has {count}; give the config that it was trained with'
-        )
-    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    names = (dataset.get('metainfo') or {}).get('classes')
-    if isinstance(names, (list, tuple)) and len(names) != count:
-        raise UserError(
-            f'{cfg.filename}: metainfo of the data names {len(names)} classes, but num_classes of the model '
-            f'is {count}; make them agree'
-        )
-
-
-def load(cfg: Config, checkpoint: str, backbone_only: bool) -> Loaded:
-    """Build a config's model, or only its backbone, and load its weights, as data.
-
-    Raises:
-        OSError: If there is no such checkpoint.
-        ValueError: If it cannot be read safely or does not hold the model's weights, or the backbone is not
-            EMOv2.
+    Attributes:
+        entry: Of model.json.
+        run: Computes the outputs of :attr:`sample`; None if the format cannot run here.
+        sample: An input.
     """
-    if 'backbone' not in cfg.get('model', {}):
-        raise UserError(f'{cfg.filename}: it has no model with a backbone')
-    if backbone_only:
-        model, inferencer, data = MODELS.build({**cfg.model.backbone, 'init_cfg': None}), None, None
-    else:
-        from ..apis import init_inferencer  # needs OpenCV and the library of the config
 
-        inferencer = init_inferencer(cfg, checkpoint, 'cpu')
-        model = inferencer.model
-        data = getattr(model, 'dataset_meta', None) or model._dataset_meta
-    backbone = model if backbone_only else model.backbone
-    if not isinstance(backbone, EMOv2):
-        raise UserError(f'{cfg.filename}: its backbone is {type(backbone).__name__}, not EMOv2')
-    if backbone_only:
-        load_backbone_weights(model, checkpoint)
-    else:
-        check_classes(cfg, checkpoint)
-    return Loaded(revert_sync_batchnorm(model).eval(), cfg.get('default_scope'), inferencer, data)
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy with the backbone's norms and layer scales folded into the weights next to them."""
-    model = deepcopy(model)
-    (model if isinstance(model, EMOv2) else model.backbone).switch_to_deploy()
-    return model
-
-
-def find_task(loaded: Loaded) -> str:
-    if loaded.data is None:
-        return 'backbone'
-    if loaded.scope == 'mmdet':
-        roi = getattr(loaded.model, 'roi_head', None)
-        return 'instance segmentation' if roi is not None and roi.with_mask else 'detection'
-    return {'mmseg': 'segmentation', 'mmpretrain': 'classification'}[str(loaded.scope)]
-
-
-def describe(
-    cfg: Config, checkpoint: str, loaded: Loaded, size: tuple[int, int] | None, options: Options
-) -> dict[str, Any]:
-    """Content of model.json but for ``models``: what someone who has only the bundle must know."""
-    versions = {'emo2_mm': __version__, 'torch': torch.__version__}
-    for name in ('mmengine', 'mmcv', cfg.get('default_scope')):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
-    backbone = cfg.model.backbone
-    meta: dict[str, Any] = {
-        'name': Path(cfg.filename).stem,
-        'task': find_task(loaded),
-        'classes': list(loaded.data['classes']) if loaded.data else [],
-        'palette': [list(map(int, c)) for c in loaded.data['palette']] if loaded.data else [],
-        **preprocessor_settings(cfg),
-        'input_size': list(size) if size else None,  # height, width; None: any
-        'preprocess': [],
-        'arch': backbone.get('arch', '5m'),
-        'window_size': backbone.get('window_size', 7),
-        'config': Path(cfg.filename).name,
-        'checkpoint': Path(checkpoint).name,
-        'checkpoint_sha256': sha256(Path(checkpoint).expanduser().read_bytes()).hexdigest()
-        if Path(checkpoint).expanduser().is_file()
-        else None,
-        'versions': versions,
-    }
-    try:
-        meta['preprocess'] = preprocess_steps(cfg, size)
-    except UserError:
-        if not (options.raw or options.backbone):
-            raise
-    model = loaded.model
-    if meta['task'] in ('detection', 'instance segmentation'):
-        meta['score_thr'] = SCORE_THR
-        head = model.rpn_head if getattr(model, 'with_rpn', False) else model.bbox_head
-        if hasattr(head, 'prior_generator'):
-            meta['strides'] = [list(pair) for pair in head.prior_generator.strides]
-            if options.raw:
-                meta.update(describe_anchors(head))
-    if meta['task'] == 'instance segmentation':
-        meta['mask_thr'] = float(model.test_cfg.rcnn.mask_thr_binary)
-    if meta['task'] == 'segmentation':
-        meta['align_corners'] = bool(model.align_corners)
-        if model.decode_head.out_channels == 1:
-            meta['binary_thr'] = float(model.decode_head.threshold)
-    return meta
-
-
-def describe_anchors(head: nn.Module) -> dict[str, Any]:
-    """What turns the raw maps of a head into boxes: anchors, the coding of deltas, and the activation."""
-    priors, coder = head.prior_generator, head.bbox_coder
-    found: dict[str, Any] = dict(anchors='unknown', score_activation='unknown')
-    if hasattr(priors, 'base_anchors'):
-        found['anchors'] = {
-            # of each level, at its first cell; the cell (x, y) adds (x, y, x, y) times the stride
-            'base': [anchors.tolist() for anchors in priors.base_anchors],
-            'order': 'rows of cells, cells, anchors of a cell; channels: anchor x class, or anchor x 4',
-        }
-        found['score_activation'] = 'sigmoid' if head.use_sigmoid_cls else 'softmax, the last is background'
-    if type(coder).__name__ == 'DeltaXYWHBBoxCoder':
-        found['box_coder'] = {
-            'kind': 'center = anchor center + delta * anchor side, side = anchor side * exp(delta)',
-            'means': list(coder.means),
-            'stds': list(coder.stds),
-            'largest_log_side': float(abs(np.log(16 / 1000))),
-        }
-    return found
+    entry: dict[str, Any]
+    run: Callable[[], Any] | None
+    sample: np.ndarray
 
 
 def choose_answers(task: str, form: Format, options: Options) -> str:
@@ -273,7 +75,7 @@ class Exporter:
         self.folded = folded(loaded.model)
         self.pictures: list[np.ndarray] = []
         self.calibration: list[Path] = []
-        self._sources: dict[Any, tuple[Source, EndToEnd, list[int]]] = {}
+        self._sources: dict[Any, tuple[Source, EndToEnd]] = {}
 
     def network(self, model: nn.Module, answers: str, dtype: str) -> EndToEnd:
         """``model`` from images to answers; it is used, not copied."""
@@ -288,8 +90,8 @@ class Exporter:
             return torch.randint(0, 256, (batch, *size, 3), generator=generator, dtype=torch.uint8)
         return torch.randn(batch, 3, *size, generator=generator)
 
-    def source(self, form: Format) -> tuple[Source, EndToEnd, list[int]]:
-        """What a format converts, the same in torch as it was loaded, and the anchors of each level."""
+    def source(self, form: Format) -> tuple[Source, EndToEnd]:
+        """What a format converts, and the same in torch as it was loaded."""
         options = self.options
         answers = choose_answers(self.meta['task'], form, options)
         dtype = 'float32' if options.float_input else form.dtype
@@ -297,6 +99,8 @@ class Exporter:
         key = answers, dtype, free
         if key not in self._sources:
             reference = self.network(self.loaded.model, answers, dtype)
+            if reference.rules:
+                self.meta['nms'] = reference.rules
             network = self.network(deepcopy(self.folded), answers, dtype)
             replace(network, self.loaded.scope, options.dynamic)
             example = self.example(dtype, 2 if free else options.batch or 1, self.shape)
@@ -306,7 +110,7 @@ class Exporter:
             folder = self.work / f'{answers}-{dtype}-{free}'
             folder.mkdir()
             source = Source(network, example, network.names, axes, self.meta, folder, opset=options.opset)
-            self._sources[key] = source, reference, network.levels
+            self._sources[key] = source, reference
         return self._sources[key]
 
     def _axes(
@@ -387,33 +191,27 @@ class Exporter:
         """
         if self.options.dynamic and not form.dynamic:
             raise UserError(f'--format {form.name} takes images of one size; leave out --dynamic')
-        source, reference, _ = self.source(form)
-        if precision == 'int8':
+        source, reference = self.source(form)
+        if precision == 'int8' and not source.calibration:
             dtype = 'uint8' if source.example.dtype == torch.uint8 else 'float32'
             layout = 'NHWC' if dtype == 'uint8' else 'NCHW'
             source.calibration = self.calibrate(dict(input=dict(dtype=dtype, layout=layout)))
         files = form.convert(source, folder, precision)
         entry = self.entry(form, precision, files, source)
-        entry.update(source.notes.pop(precision, {}))
+        entry.update(source.notes.get(precision, {}))
         inputs = self.inputs(form, entry)
-        size = sum((folder / file).stat().st_size for file in files) / 1e6
+        entry['MB'] = round(sum((folder / file).stat().st_size for file in files) / 1e6, 3)
         if form.check:
-            words = form.check(source, folder, files)
-            entry['error'] = words
-            return Exported(form, precision, entry, lambda x: [], inputs[0], size, None, words)
+            entry['error'] = form.check(source, folder, files)
+            return Exported(entry, None, inputs[0])
         runtime = predict.RUNTIMES[form.name](folder, entry, torch.get_num_threads())
-        names = source.outputs
-
-        def run(x: np.ndarray) -> list[np.ndarray]:
-            return runtime(x, names)
-
-        error = 0.0
+        names, error = source.outputs, 0.0
         for x in inputs:
             with torch.no_grad():
                 expected = [y.numpy() for y in reference(torch.from_numpy(x))]
-            error = max(error, compare(names, run(x), expected, LIMITS[precision]))
+            error = max(error, compare(names, runtime(x, names), expected, LIMITS[precision]))
         entry['error'] = f'{error:.1e}'
-        return Exported(form, precision, entry, run, inputs[0], size, error)
+        return Exported(entry, lambda: runtime(inputs[0], names), inputs[0])
 
     def calibrate(self, entry: dict[str, Any]) -> list[np.ndarray]:
         """Inputs from the images of ``--quantize``; damaged files are skipped and named."""
@@ -447,67 +245,6 @@ def sample_pictures(cfg: Config, loaded: Loaded, quantize: Sequence[Path]) -> li
         waves = [127.5 + 127.5 * np.sin(a * x / 320 + b * y / 240) for a, b in ((9, 4), (-5, 11), (16, 16))]
         found.append(np.stack(waves, axis=-1).astype(np.uint8))
     return found
-
-
-@torch.no_grad()
-def time_all(exporter: Exporter, done: list[Exported]) -> list[float]:
-    """Time torch as loaded and all models in alternation; milliseconds, torch first."""
-    timed = [each for each in done if not each.checked]
-    if not timed:
-        return []
-    first = timed[0]
-    reference = exporter.source(first.format)[1]
-    x = torch.from_numpy(first.sample)
-    runs: list[Callable[[], Any]] = [lambda: reference(x)]
-    runs += [lambda each=each: each.run(each.sample) for each in timed]  # type: ignore[misc]
-    rounds = list(interleaved(runs, 'cpu'))
-    found = [1e3 * median(took[i] for took in rounds) for i in range(len(runs))]
-    for each, ms in zip(timed, found[1:]):
-        each.entry['ms'] = round(ms, 2)
-    return found
-
-
-def table_rows(done: list[Exported], failed: dict[str, str], torch_ms: float | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    if torch_ms is not None:
-        rows.append(dict(model='torch', ms=round(torch_ms, 2)))
-    for each in done:
-        rows.append(
-            dict(
-                model=each.name,
-                MB=round(each.size, 2),
-                error=each.entry['error'],
-                ms=each.entry.get('ms'),
-                nms='inside'
-                if each.entry['answers'] == 'detections'
-                else 'predict.py'
-                if each.entry['answers'] == 'boxes'
-                else '',
-                accuracy=each.entry.get('accuracy', {}).get('value'),
-            )
-        )
-    return rows + [dict(model=name, error=f'failed: {why}') for name, why in failed.items()]
-
-
-def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    columns = [
-        key for key in ('model', 'MB', 'error', 'ms', 'nms', 'accuracy') if any(r.get(key) for r in rows)
-    ]
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*('' if row.get(key) is None else str(row[key]) for key in columns))
-    console.print(table)
-
-
-def markdown_rows(rows: list[dict[str, Any]]) -> str:
-    columns = [
-        key for key in ('model', 'MB', 'error', 'ms', 'nms', 'accuracy') if any(r.get(key) for r in rows)
-    ]
-    lines = ['| ' + ' | '.join(columns) + ' |', '| ' + ' | '.join('---' for _ in columns) + ' |']
-    for row in rows:
-        cells = ['' if row.get(key) is None else str(row[key]) for key in columns]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n'
 
 
 def check_options(options: Options) -> tuple[list[Format], list[Path]]:
@@ -574,48 +311,42 @@ def export(config: str, checkpoint: str, options: Options) -> int:
 def build(cfg: Config, exporter: Exporter, formats: list[Format], folder: Path, console: Console) -> None:
     """Write all models, measure them, and write what describes them."""
     options, meta = exporter.options, exporter.meta
-    done: list[Exported] = []
+    done: dict[str, Exported] = {}
     failed: dict[str, str] = {}
     for form in formats:
-        wanted = ['fp32'] + ['fp16'] * bool(options.half) + ['int8'] * bool(options.quantize)
-        for precision in wanted:
-            if precision not in form.precisions:
+        for precision, wanted in (('fp32', True), ('fp16', options.half), ('int8', options.quantize)):
+            if not wanted or precision not in form.precisions:
                 continue
             name = form.name if precision == 'fp32' else f'{form.name}-{precision}'
             try:
-                done.append(exporter.export(form, precision, folder))
-            except Exception as error:
-                if not options.report and not isinstance(error, (UserError, RuntimeError)):
-                    raise
+                done[name] = exporter.export(form, precision, folder)
+            except (UserError, RuntimeError, ValueError, OSError, ImportError) as error:
                 message = ' '.join(str(error).split())
                 if not options.report:
                     raise UserError(f'{name}: {message}') from error
                 failed[name] = message[:200]
                 console.print(f'{name}: failed, {message}', markup=False)
-                continue
-            console.print(f'{name}: error {done[-1].entry["error"]}, {done[-1].size:.2f} MB', markup=False)
+            else:
+                entry = done[name].entry
+                console.print(f'{name}: error {entry["error"]}, {entry["MB"]:.2f} MB', markup=False)
     if not done:
         raise UserError('no format could be written')
-    models = {each.name: each.entry for each in done}
-    rules = next((getattr(s[0].network, 'rules', None) for s in exporter._sources.values()), None)
-    if rules:
-        meta['nms'] = rules
+    models = {name: each.entry for name, each in done.items()}
     write_program(folder)
     write_metadata(folder, meta, models)
     notes = []
     if options.quantize and not options.raw:
-        notes += measure_accuracy(cfg, exporter, folder, models, console)
-    times = time_all(exporter, done)
-    rows = table_rows(done, failed, times[0] if times else None)
+        notes += measure_accuracy(cfg, folder, models, console)
+    torch_ms = time_all(exporter, formats[0], done)
+    rows = table_rows(models, failed, torch_ms)
     print_rows(rows, console)
     picture = draw_example(exporter, folder, models)
-    threads = torch.get_num_threads()
-    notes = [
-        f'`error`: against torch, relative, the worst of {len(exporter.pictures)} pictures, noise and a batch. '
-        f'`ms`: one image, {threads} thread(s), medians of runs in alternation on the machine that exported'
-        + (f'; torch as loaded: {times[0]:.1f} ms.' if times else '.'),
-        *notes,
-    ]
+    notes.insert(
+        0,
+        f'`error`: against torch, relative, the worst of {len(exporter.pictures)} pictures, noise and a '
+        f'batch. `ms`: one image, {torch.get_num_threads()} thread(s), medians of runs in alternation on the '
+        f'machine that exported; torch as loaded: {torch_ms} ms.',
+    )
     write_metadata(folder, meta, models)
     write_readme(folder, meta, models, notes, picture)
     if options.report:
@@ -623,8 +354,22 @@ def build(cfg: Config, exporter: Exporter, formats: list[Format], folder: Path, 
         (folder / 'report.json').write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
 
 
+@torch.no_grad()
+def time_all(exporter: Exporter, form: Format, done: dict[str, Exported]) -> float | None:
+    """Time all models that run here, and torch as loaded, whose milliseconds are returned."""
+    runs = {name: each.run for name, each in done.items() if each.run}
+    if not runs:
+        return None
+    reference = exporter.source(form)[1]
+    x = torch.from_numpy(next(each.sample for each in done.values() if each.run))
+    found = time_models({'torch': lambda: reference(x), **runs})
+    for name in runs:
+        done[name].entry['ms'] = found[name]
+    return found['torch']
+
+
 def measure_accuracy(
-    cfg: Config, exporter: Exporter, folder: Path, models: dict[str, Any], console: Console
+    cfg: Config, folder: Path, models: dict[str, dict[str, Any]], console: Console
 ) -> list[str]:
     """Accuracy of all models on the validation data of the config, printed, and as lines for the README."""
     try:
@@ -644,11 +389,6 @@ def measure_accuracy(
             lines[-1] += f' Layers left in float: {", ".join(kept)}.'
         console.print(lines[-1], markup=False)
     return lines
-
-
-def is_checked(entry: dict[str, Any]) -> bool:
-    """Whether a model cannot be run here, and was checked in another way."""
-    return re.fullmatch(r'[-+.\de]+', entry['error']) is None
 
 
 def draw_example(exporter: Exporter, folder: Path, models: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import int8
 from .onnx_network import import_onnx, trace
 
 
@@ -47,6 +48,7 @@ class Source:
     opset: int | None = None
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _graph: Any = None
+    _int8: Any = None
 
     def graph(self) -> Any:
         """The model as an ONNX ``ModelProto``, traced once."""
@@ -54,11 +56,19 @@ class Source:
             self._graph = trace(self.network, self.example, self.outputs, self.axes, self.opset)
         return deepcopy(self._graph)
 
-    def onnx_file(self) -> Path:
+    def int8_graph(self) -> Any:
+        """The model as an int8 ``ModelProto``, calibrated once; ``notes`` get the layers left in float."""
+        if self._int8 is None:
+            self._int8, kept = int8.quantize(self.graph(), self.calibration)
+            self.notes['int8'] = dict(float_layers=kept)
+        return deepcopy(self._int8)
+
+    def onnx_file(self, precision: str = 'fp32') -> Path:
         """The model as an ONNX file in :attr:`folder`, for converters that read one."""
-        path = self.folder / 'source.onnx'
+        path = self.folder / f'source-{precision}.onnx'
         if not path.exists():
-            path.write_bytes(self.graph().SerializeToString())
+            graph = self.int8_graph() if precision == 'int8' else self.graph()
+            path.write_bytes(graph.SerializeToString())
         return path
 
 
@@ -118,13 +128,8 @@ class Format:
 
 def write_onnx(source: Source, folder: Path, precision: str) -> list[str]:
     """``model.onnx``, ``model-fp16.onnx`` or ``model-int8.onnx``, with the metadata inside."""
-    from . import int8
-
-    graph = source.graph()
-    if precision == 'int8':
-        graph, kept = int8.quantize(graph, source.calibration)
-        source.notes['int8'] = dict(float_layers=kept)
-    elif precision == 'fp16':
+    graph = source.int8_graph() if precision == 'int8' else source.graph()
+    if precision == 'fp16':
         graph = int8.to_half(graph)
     import_onnx('onnx').helper.set_model_props(graph, flat_metadata(source.meta))
     name = 'model.onnx' if precision == 'fp32' else f'model-{precision}.onnx'
@@ -135,7 +140,7 @@ def write_onnx(source: Source, folder: Path, precision: str) -> list[str]:
 def write_openvino(source: Source, folder: Path, precision: str) -> list[str]:
     """``model.xml`` and ``model.bin``, with the metadata as runtime information."""
     openvino = importlib.import_module('openvino')
-    path = source.onnx_file()
+    path = source.onnx_file('int8' if precision == 'int8' else 'fp32')
     model = openvino.Core().read_model(str(path))
     for key, value in flat_metadata(source.meta).items():
         model.set_rt_info(value, ['emo2_mm', key])
@@ -180,7 +185,7 @@ FORMATS: dict[str, Format] = {
             'onnx openvino',
             'openvino',
             write_openvino,
-            precisions=('fp32', 'fp16'),
+            precisions=('fp32', 'fp16', 'int8'),
             nms=True,
             dynamic=True,
             free_batch=True,

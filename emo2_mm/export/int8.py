@@ -53,8 +53,8 @@ def find_targets(graph: Any) -> list[Any]:
     """Nodes of a model that are computed in int8.
 
     These are the layers with weights, and sums, products and sigmoids between two of them. The products of
-    the attention stay in fp32, which is as fast and nearer to the graph that was given; so does what follows the
-    heads, where coordinates of boxes need their precision.
+    the attention stay in fp32, which is as fast and nearer to the graph that was given; so does what follows
+    the heads, where coordinates of boxes need their precision.
     """
     weights = {weight.name for weight in graph.initializer}
     layers = {

@@ -173,9 +173,9 @@ def apply_step(image: np.ndarray, step: dict[str, Any]) -> np.ndarray:
 
     ``resize``: to ``scale`` (width, height), with ``keep_ratio`` the largest that fits the long side of
     ``scale`` and its short side; ``factor`` instead of ``scale`` multiplies. ``fit`` (width, height) is a
-    size that the image must not exceed. ``resize_edge``: the edge ``short``, ``long``, ``width`` or ``height``
-    becomes ``scale``. ``center_crop``: to ``size`` (width, height). ``pad``: at right and bottom to ``size``
-    (width, height), to a multiple of ``divisor`` or to a square.
+    size that the image must not exceed. ``resize_edge``: the edge ``short``, ``long``, ``width`` or
+    ``height`` becomes ``scale``. ``center_crop``: to ``size`` (width, height). ``pad``: at right and bottom to
+    ``size`` (width, height), to a multiple of ``divisor`` or to a square.
     """
     height, width = image.shape[:2]
     if step['op'] == 'resize':
@@ -452,8 +452,8 @@ class Model:
         Returns:
             A dict with ``width``, ``height`` and
 
-            - of a detector ``objects``: dicts with ``class``, ``label``, ``score``, ``box`` (x1, y1, x2, y2 in
-              pixels of the image) and, if it has masks, ``mask`` (COCO's run-length encoding);
+            - of a detector ``objects``: dicts with ``class``, ``label``, ``score``, ``box`` (x1, y1, x2, y2
+              in pixels of the image) and, if it has masks, ``mask`` (COCO's run-length encoding);
             - of a classifier ``classes``: the best five, dicts with ``class``, ``label`` and ``score``;
             - of a segmentor ``map``, (H, W) class numbers, and ``segments``: dicts with ``class``, ``label``
               and ``share``.
