@@ -78,6 +78,15 @@ def input_words(meta: dict[str, Any], entry: dict[str, Any]) -> str:
     return f'`{given["name"]}`, {size} float32, {meta["color_order"]}: (pixel - mean) / std, see model.json'
 
 
+def _alike(models: dict[str, dict[str, Any]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Names of the models with the same input, outputs and limits, and one of them."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for name, entry in models.items():
+        key = json.dumps([entry[part] for part in ('input', 'outputs', 'limits')])
+        found.setdefault(key, ([], entry))[0].append(name)
+    return list(found.values())
+
+
 def write_readme(
     folder: Path,
     meta: dict[str, Any],
@@ -130,16 +139,16 @@ def write_readme(
     if len(installs) > 1:
         lines += ['`--model NAME` chooses another of the models below; then install its runtime.', '']
     lines += ['## Models', '']
-    header = ['name', 'files', 'MB', 'error', 'ms', 'pip install']
-    lines += ['| ' + ' | '.join(header) + ' |', '| --- | --- | ---: | ---: | ---: | --- |']
+    header = ['name', 'files', 'MB', 'error', 'ms', 'accuracy', 'pip install']
+    lines += [f'| {" | ".join(header)} |', '| --- | --- | ---: | ---: | ---: | ---: | --- |']
     for name, entry in models.items():
-        size = sum((folder / file).stat().st_size for file in entry['files']) / 1e6
         ms = '' if entry.get('ms') is None else f'{entry["ms"]:.1f}'
-        cells = [name, ', '.join(entry['files']), f'{size:.2f}', entry['error'], ms, entry['install']]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    lines += ['', *notes, '', '## Input and outputs', '']
-    for name, entry in models.items():
-        lines += [f'`{name}` takes {input_words(meta, entry)}. It gives', '']
+        accuracy = entry.get('accuracy', {}).get('value', '')
+        cells = [name, ', '.join(entry['files']), f'{entry["MB"]:.2f}', entry['error'], ms, str(accuracy)]
+        lines.append(f'| {" | ".join([*cells, entry["install"]])} |')
+    lines += ['', *[line for note in notes for line in (note, '')], '## Input and outputs', '']
+    for names, entry in _alike(models):
+        lines += [f'{", ".join(f"`{name}`" for name in names)}: {input_words(meta, entry)}. Out come', '']
         for output in entry['outputs']:
             meaning = f': {output["meaning"]}' if output.get('meaning') else ''
             shape = ' x '.join(map(str, output['shape']))

@@ -174,8 +174,8 @@ def apply_step(image: np.ndarray, step: dict[str, Any]) -> np.ndarray:
     ``resize``: to ``scale`` (width, height), with ``keep_ratio`` the largest that fits the long side of
     ``scale`` and its short side; ``factor`` instead of ``scale`` multiplies. ``fit`` (width, height) is a
     size that the image must not exceed. ``resize_edge``: the edge ``short``, ``long``, ``width`` or
-    ``height`` becomes ``scale``. ``center_crop``: to ``size`` (width, height). ``pad``: at right and bottom to
-    ``size`` (width, height), to a multiple of ``divisor`` or to a square.
+    ``height`` becomes ``scale``. ``center_crop``: to ``size`` (width, height). ``pad``: at right and bottom
+    to ``size`` (width, height), to a multiple of ``divisor`` or to a square.
     """
     height, width = image.shape[:2]
     if step['op'] == 'resize':
