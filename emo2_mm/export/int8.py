@@ -188,7 +188,10 @@ def quantize(graph: Any, inputs: Sequence[np.ndarray]) -> tuple[Any, list[str]]:
             raise UserError('no layer of this model can be computed in int8')
         errors = measure_parts(prepared, targets, inputs[:: max(1, len(inputs) // PROBED)][:PROBED])
         kept = [part for part, error in errors.items() if error > LARGEST_ERROR]
-        _quantize(prepared, small, inputs, [n.name for n in targets if part_of(n.name) not in kept])
+        names = [node.name for node in targets if part_of(node.name) not in kept]
+        if not names:
+            raise UserError(f'int8 changes the result of every part by more than {LARGEST_ERROR:.0%}')
+        _quantize(prepared, small, inputs, names)
         result = onnx.load(str(small))
     del result.metadata_props[:]
     return result, [f'{part} ({errors[part]:.1%} alone)' for part in kept]

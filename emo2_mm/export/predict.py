@@ -322,11 +322,11 @@ def choose_boxes(
 
 
 def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """Enlarge the mask (m, m) of a box to the image: (H, W) bool.
+    """Enlarge the mask (m, m) of a box (x1, y1, x2, y2, and whatever follows) to the image: (H, W) bool.
 
     Pixels are sampled bilinearly, as torch's grid_sample does without aligned corners.
     """
-    found = np.zeros(size, bool)
+    found, box = np.zeros(size, bool), box[:4]
     x1, y1 = np.maximum(np.floor(box[:2]).astype(int) - 1, 0)
     x2, y2 = np.minimum(np.ceil(box[2:]).astype(int) + 1, size[::-1])
     if x2 <= x1 or y2 <= y1 or box[2] <= box[0] or box[3] <= box[1]:

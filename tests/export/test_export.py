@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -341,9 +342,10 @@ def test_an_earlier_bundle_is_replaced_but_no_other_folder(config, main):
 
 @ALL
 def test_int8_and_half(config, main):
-    Path('coco/images/9.png').write_bytes(b'damaged')
+    shutil.copytree('coco/images', 'some')
+    Path('some/9.png').write_bytes(b'damaged')
     status, out, err = main(
-        *('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--half', '--quantize', 'coco/images')
+        *('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--half', '--quantize', 'some')
     )
     assert status == 0
     assert err.count('9.png (') == 1  # skipped and named
@@ -387,13 +389,23 @@ def test_accuracy_is_that_of_the_validation_data(config, main):
 
 @scopes('mmpretrain')
 def test_parts_that_int8_spoils_stay_in_float(config, main, monkeypatch):
-    monkeypatch.setattr(int8, 'LARGEST_ERROR', 0.0)
+    own = int8.measure_parts
+
+    def measure(*args):
+        return {part: 0.3 if part == 'head/fc' else error for part, error in own(*args).items()}
+
+    monkeypatch.setattr(int8, 'measure_parts', measure)
     args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--quantize', 'folders')
     assert main(*args)[0] == 0
-    kept = predict.Model('b', 'onnx-int8').entry['float_layers']
-    assert any(part.startswith('head/fc (') for part in kept)
+    assert predict.Model('b', 'onnx-int8').entry['float_layers'] == ['head/fc (30.0% alone)']
+    assert 'Layers left in float: head/fc (30.0% alone)' in Path('b/README.md').read_text()
     graph = onnx.load('b/model-int8.onnx').graph
-    assert not any(w.data_type == onnx.TensorProto.INT8 for w in graph.initializer)
+    weights = {w.name: w.data_type for w in graph.initializer if 'head.fc.weight' in w.name}
+    assert set(weights.values()) == {onnx.TensorProto.FLOAT}
+    monkeypatch.setattr(int8, 'LARGEST_ERROR', 0.0)
+    status, _, err = main(*args)
+    assert status == 1
+    assert 'int8 changes the result of every part' in err
 
 
 def test_images_are_spread_over_all(tmp_path, monkeypatch):
@@ -475,8 +487,9 @@ def test_wrong_use(config, main, monkeypatch):
         *given, '--dynamic', '--format', 'torchscript', '--out', 'b', '--cfg-options', 'a=1'
     )
     assert status == 2  # no size is known
-    monkeypatch.setattr(formats.Format, 'missing', lambda self: ['openvino'])
-    status, _, err = main(*given, *shape, '--format', 'openvino', '--out', 'b')
+    with monkeypatch.context() as patch:
+        patch.setattr(formats.Format, 'missing', lambda self: ['openvino'])
+        status, _, err = main(*given, *shape, '--format', 'openvino', '--out', 'b')
     assert status == 2
     assert 'needs openvino, not installed here; run\n  pip install onnx openvino' in err
     config.model.backbone = dict(type='ResNet', depth=18)

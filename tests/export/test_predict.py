@@ -238,7 +238,8 @@ def test_masks_are_pasted_as_by_mmdet():
             torch.from_numpy(mask)[None, None], torch.from_numpy(box)[None], 70, 90, skip_empty=False
         )
         expected = pasted[0].numpy() >= 0.5
-        assert (predict.paste_mask(mask, box, (70, 90), 0.5) == expected).mean() > 0.999
+        found = predict.paste_mask(mask, np.append(box, 0.9), (70, 90), 0.5)
+        assert (found == expected).mean() > 0.999
 
 
 @pytest.mark.parametrize('corners', [False, True])
