@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import SEWMHSA
-from ..cpu.window_attention import is_one_window
 from ..emov2 import I2RMB, EMOv2
 
 OPSET = 17  # the newest that torch 2.1 writes; it has LayerNormalization

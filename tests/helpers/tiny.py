@@ -181,7 +181,9 @@ def write_data(folder: Path, images: int = 4) -> None:
         Image.fromarray(pixels).save(folder / f'folders/{kind}/{i}.png')
         Image.fromarray(label).save(folder / f'labels/{i}.png')
         coco['images'].append({'id': i, 'file_name': f'{i}.png', 'width': SIDE, 'height': SIDE})
-        coco['annotations'].append({'id': i + 1, 'image_id': i, 'category_id': i % 2 + 1, 'bbox': [x, y, w, h]})
+        coco['annotations'].append(
+            {'id': i + 1, 'image_id': i, 'category_id': i % 2 + 1, 'bbox': [x, y, w, h]}
+        )
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
         coco['annotations'][-1].update(area=w * h, iscrowd=0, segmentation=[outline])
     (folder / 'coco/boxes.json').write_text(json.dumps(coco))
