@@ -164,7 +164,7 @@ def check_folding(state_dict: Mapping[str, Any], prefix: str, deployed: bool) ->
     if not deployed and f'{prefix}stem.depthwise.bias' in state_dict:
         raise FoldingError(
             'the weights are deployed ones, saved after switch_to_deploy(), but this EMOv2 is built for '
-            'training; build it with deploy=True'
+            'training; build it with deploy=True (in a config: model.backbone.deploy=True)'
         )
     if deployed and f'{prefix}stem.project.weight' in state_dict:
         raise FoldingError(
