@@ -238,7 +238,7 @@ def set_image_size(cfg: Config, size: tuple[int, int]) -> None:
     """Set the size that images are trained and evaluated at, and what depends on it.
 
     That is each pipeline (with that of test-time augmentation), crops and padding, the side of the attention
-    windows, and the anchors of SSDLite.
+    windows, and the anchors.
 
     Args:
         cfg: The config, which is changed.
@@ -274,9 +274,16 @@ def _size_detector(cfg: Config, steps: list[ConfigDict], size: tuple[int, int]) 
             round(side * new / old)
             for side, new, old in zip(step.scale, (width, height), (old_width, old_height))
         )
-    generator = cfg.model.get('bbox_head', {}).get('anchor_generator')
-    if generator and generator.type == 'SSDAnchorGenerator':
-        generator.update(ssd_anchors(height, width))
+    # objects in smaller images are smaller; the root, since large ones must still be covered
+    shrunk = min(1.0, math.sqrt(max(size) / 1333))
+    for name in ('bbox_head', 'rpn_head'):
+        generator = cfg.model.get(name, {}).get('anchor_generator', {})
+        if generator.get('type') == 'SSDAnchorGenerator':
+            generator.update(ssd_anchors(height, width))
+        elif generator.get('octave_base_scale'):
+            generator.octave_base_scale = max(1, round(generator.octave_base_scale * shrunk))
+        elif generator.get('scales'):
+            generator.scales = [max(1, round(scale * shrunk)) for scale in generator.scales]
 
 
 def ssd_anchors(height: int, width: int) -> dict[str, list]:

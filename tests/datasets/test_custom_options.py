@@ -303,6 +303,15 @@ def test_ssdlite_anchors_lie_where_its_maps_are(side: int) -> None:
     assert options.ssd_anchors(160, 320)['strides'][-1] == (320, 160)
 
 
+@pytest.mark.parametrize(('size', 'scale'), [('800,1333', 4), ('640', 3), ('320', 2), ('64', 1)])
+def test_anchors_of_small_images_are_smaller(data: Path, size: str, scale: int) -> None:
+    """Else objects that fill as much of the image have no anchor; given by name, they stay."""
+    generator = complete(RETINANET, data, f'image_size={size}').model.bbox_head.anchor_generator
+    assert generator.octave_base_scale == scale
+    generator = complete(MASK_RCNN, data, f'image_size={size}').model.rpn_head.anchor_generator
+    assert generator.scales == [{4: 8, 3: 6, 2: 4, 1: 2}[scale]]
+
+
 @pytest.mark.parametrize(
     ('side', 'classifies', 'window'),
     [
