@@ -1,4 +1,4 @@
-# A classifier on EMOv2 for your own data; docs/own_data.md has the data and the options:
+# A classifier on EMOv2 for your own data; docs/guide/custom_datasets.md has the options:
 #   python tools/train.py configs/cls/emo2_custom.py --cfg-options data_root=PATH arch=2m
 _base_ = './emo2_1m.py'
 

@@ -1,4 +1,4 @@
-# RetinaNet on EMOv2 for your own data; docs/own_data.md has the data and the options:
+# RetinaNet on EMOv2 for your own data; docs/guide/custom_datasets.md has the options:
 #   python tools/train.py configs/det/retinanet_emo2_custom.py --cfg-options data_root=PATH arch=2m
 _base_ = './retinanet_emo2_1m.py'
 

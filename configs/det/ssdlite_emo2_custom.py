@@ -1,4 +1,4 @@
-# SSDLite on EMOv2 for your own data; docs/own_data.md has the data and the options:
+# SSDLite on EMOv2 for your own data; docs/guide/custom_datasets.md has the options:
 #   python tools/train.py configs/det/ssdlite_emo2_custom.py --cfg-options data_root=PATH arch=2m
 _base_ = './ssdlite_emo2_1m_320.py'
 

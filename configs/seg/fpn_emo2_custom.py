@@ -1,4 +1,4 @@
-# Semantic FPN on EMOv2 for your own data; docs/own_data.md has the data and the options:
+# Semantic FPN on EMOv2 for your own data; docs/guide/custom_datasets.md has the options:
 #   python tools/train.py configs/seg/fpn_emo2_custom.py --cfg-options data_root=PATH arch=2m
 _base_ = './fpn_emo2_1m.py'
 
