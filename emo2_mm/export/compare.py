@@ -48,6 +48,8 @@ def match_boxes(
     if not len(ours[0]) or not len(theirs[0]):
         return np.zeros(0, int), np.zeros(0, int)
     found = overlaps(ours[0][:, :4], theirs[0][:, :4])
+    # boxes without area overlap nothing: within a hundredth of a pixel two are the same
+    found[abs(ours[0][:, None, :4] - theirs[0][None, :, :4]).max(-1) < 0.01] = 1
     found[ours[1][:, None] != theirs[1][None]] = 0
     found[abs(ours[0][:, None, 4] - theirs[0][None, :, 4]) > score] = 0
     pairs = []
