@@ -33,6 +33,10 @@ MEANINGS = {
 }
 
 
+class Unsupported(UserError):
+    """A format cannot hold a model that others can."""
+
+
 class Suppress(torch.autograd.Function):
     """Non-maximum suppression of a batch, in ONNX as its operator.
 
@@ -406,9 +410,7 @@ class EndToEnd(nn.Module):
         model = self.model
         if getattr(model, 'with_rpn', False) and hasattr(model, 'roi_head'):
             if self.answers == 'boxes':
-                raise UserError(
-                    'a detector of two stages needs NMS inside, which this format has not; give --raw'
-                )
+                raise Unsupported('it has no NMS, which a detector of two stages needs inside; give --raw')
             self.two_stage = TwoStage(model, self.dynamic)
             return
         head = model.bbox_head

@@ -27,7 +27,7 @@ from . import predict
 from .accuracy import evaluate, headline, validation_images
 from .bundle import building, write_metadata, write_program, write_readme
 from .compare import LIMITS, compare
-from .end_to_end import MEANINGS, EndToEnd, Normalize
+from .end_to_end import MEANINGS, EndToEnd, Normalize, Unsupported
 from .formats import FORMATS, Format, Source, find_formats
 from .int8 import find_images
 from .loading import Loaded, Options, folded, load
@@ -190,7 +190,7 @@ class Exporter:
             UserError: If the format cannot hold the model, or the outputs differ.
         """
         if self.options.dynamic and not form.dynamic:
-            raise UserError(f'--format {form.name} takes images of one size; leave out --dynamic')
+            raise Unsupported('it takes images of one size; leave out --dynamic')
         source, reference = self.source(form)
         if precision == 'int8' and not source.calibration:
             dtype = 'uint8' if source.example.dtype == torch.uint8 else 'float32'
@@ -322,7 +322,8 @@ def build(cfg: Config, exporter: Exporter, formats: list[Format], folder: Path, 
                 done[name] = exporter.export(form, precision, folder)
             except (UserError, RuntimeError, ValueError, OSError, ImportError) as error:
                 message = ' '.join(str(error).split())
-                if not options.report:
+                skipped = options.formats == ['all'] and isinstance(error, Unsupported)
+                if not (options.report or skipped):
                     raise UserError(f'{name}: {message}') from error
                 failed[name] = message[:200]
                 console.print(f'{name}: failed, {message}', markup=False)

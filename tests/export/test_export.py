@@ -517,6 +517,19 @@ def test_a_report_lists_what_failed(config, main, monkeypatch):
     assert list(predict.Model('b').meta['models']) == ['onnx']
 
 
+@scopes('mmseg')
+def test_all_leaves_out_formats_that_cannot_hold_the_model(config, main, monkeypatch):
+    onnx_and_torch = {name: formats.FORMATS[name] for name in ('onnx', 'torchscript')}
+    monkeypatch.setattr(formats, 'FORMATS', onnx_and_torch)
+    status, out, _ = main('tiny.py', 'tiny.pth', '--format', 'all', '--dynamic', '--out', 'b')
+    assert status == 0
+    assert 'torchscript: failed, it takes images of one size; leave out --dynamic' in out
+    assert list(predict.Model('b').meta['models']) == ['onnx']
+    args = ('tiny.py', 'tiny.pth', '--format', 'onnx', 'torchscript', '--dynamic', '--out', 'c')
+    assert main(*args)[0] == 1
+    assert not Path('c').exists()
+
+
 @scopes('mmdet', 'mmseg', 'mmpretrain')
 def test_predict_writes_what_infer_writes(config, main, capsys):
     """The same keys, and the same objects."""
