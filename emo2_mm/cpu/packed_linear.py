@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 # torch's own compiler calls these operators; not every build of torch has them
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-SAMPLES = 32  # elements compared in each pass; more would be read from memory, not from the cache
+SAMPLES = 16  # elements compared in each pass; more would be read from memory, not from the cache
 BATCH_HINT = 49  # rows oneDNN packs for; a layout for few rows also works well for many
 
 
@@ -31,7 +31,7 @@ class PackedLinear(nn.Linear):
     State dict, parameters and results are those of the linear layer. The packed weight is made when it is
     first needed, and again after the weight has changed: by ``load_state_dict``, in place, or as another
     tensor. Torch does not track changes in place through ``.data`` or a NumPy array. They are noticed if
-    they change any of 32 elements that are compared, as all that scale or replace the whole weight do, but
+    they change any of 16 elements that are compared, as all that scale or replace the whole weight do, but
     maybe not in a single row. Copies and files hold no packed weight.
     """
 
