@@ -141,7 +141,9 @@ def draw_scene(ax: Axes, image: Path, annotations: list[dict[str, Any]], masks: 
     """An image with labelled boxes, or in grey with labelled instance masks in the colours of the digits."""
     pixels = np.asarray(Image.open(image).convert('L' if masks else 'RGB').convert('RGB')) / 255
     for a in annotations if masks else ():
-        pixels[run_length.decode(a['segmentation']) > 0] = COLOURS[a['category_id'] - 1]
+        mask = run_length.decode(a['segmentation'])
+        pixels[mask > 0] = COLOURS[a['category_id'] - 1]
+        ax.contour(mask, [0.5], colors='white', linewidths=0.7)
     ax.imshow(pixels)
     for a in annotations:
         (x, y, w, h), colour = a['bbox'], COLOURS[a['category_id'] - 1]
