@@ -294,7 +294,7 @@ if [ -n "$mmcv_key" ] && ! cached_wheel >/dev/null; then # an error now rather t
     download_wheel || check_compiler
 fi
 
-step "torch $torch_version, torchvision (2 to 3 GB to download)"
+step "torch $torch_version, torchvision (2 to 3 GB, unless installed)"
 run 90 uv install -c "$pins" torch torchvision numpy opencv-python || failed 'installing torch failed'
 run 10 "$venv/bin/python" -c 'import cv2, torch, torchvision' || failed 'torch or OpenCV cannot be imported'
 if [ "$flavour" != cpu ] && ! run 10 "$venv/bin/python" -c 'import torch; torch.zeros(1, device="cuda")'; then
