@@ -91,7 +91,8 @@ class Teacher:
         self.build()
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode='bilinear', antialias=True)
-        network = self.network.to(images.device)
+        network: Any = self.network
+        network = network.to(images.device)
         return network(network.data_preprocessor(dict(inputs=images))['inputs'])
 
 

@@ -93,7 +93,7 @@ class I2RMB(nn.Module):
         self.with_cp = with_cp
         self.norm = nn.LayerNorm(in_channels, EPS) if attends else build_batch_norm(norm_cfg, in_channels)
         if attends and self.residual:
-            self.expand = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
+            self.expand: nn.Module = SEWMHSA(in_channels, mid_channels, head_dim, window_size)
         else:
             linear = nn.Linear(in_channels, mid_channels)
             self.expand = nn.Sequential(OrderedDict(linear=linear, act=nn.GELU() if attends else nn.SiLU()))
@@ -225,7 +225,7 @@ class EMOv2(BaseModule):
         self.stem = Stem(in_channels, width, norm_cfg)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(arch['depths'])).tolist())
         shared = arch['head_dim'], window_size, layer_scale_init_value, norm_cfg, with_cp
-        self.stages = nn.ModuleList()
+        self.stages: Any = nn.ModuleList()  # torch has no type for lists of sequences of I2RMB
         for i, channels in enumerate(arch['channels'][: out_indices[-1] + 1]):
             ratio, attends = arch['expand_ratios'][i], STAGE_ATTENDS[i]
             # the first block halves the resolution and expands twice as wide

@@ -16,7 +16,7 @@ class FoldingError(UserError, RuntimeError):
     """Batch norms that cannot be folded, or folded weights for a network that is not, and vice versa."""
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     """What a batch norm in eval mode multiplies its channels by, and then adds to them.
 
     Raises:
@@ -91,7 +91,7 @@ def _check_foldable(name: str, part: nn.Module, kind: type) -> None:
         scale_and_shift(part)
 
 
-def _check_network(stem: nn.Module, stages: nn.Module) -> None:
+def _check_network(stem: Any, stages: Any) -> None:
     for name, kind in (
         ('conv', nn.Conv2d),
         ('norm', _BatchNorm),
@@ -121,7 +121,7 @@ def _check_network(stem: nn.Module, stages: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fold_network(stem: nn.Module, stages: nn.Module) -> None:
+def fold_network(stem: Any, stages: Any) -> None:
     """Fold the batch norms and layer scales of an EMOv2, and the stem's last layer, in place.
 
     Args:

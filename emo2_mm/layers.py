@@ -50,7 +50,7 @@ class DropPath(nn.Module):
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep running statistics as they are, so that a recomputed batch does not count twice."""
-    norms = [
+    norms: list[Any] = [
         m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
     ]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]

@@ -79,7 +79,7 @@ class _DepthwiseConv(torch.autograd.Function):
         return depthwise_conv(x, weight, stride)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if needs_plain_backward(grad):
             return (

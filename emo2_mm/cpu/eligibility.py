@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,13 @@ from .packed_linear import PackedLinear
 VARIABLE = 'EMO2_MM_CPU_FASTPATH'
 
 # torch 2.1 fallbacks
+is_autocast: Callable[[], bool]
+autocast_dtype: Callable[[], torch.dtype]
 _is_compiling = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)
 if hasattr(torch.amp, 'is_autocast_available'):
-    is_autocast = partial(torch.is_autocast_enabled, 'cpu')
-    autocast_dtype = partial(torch.get_autocast_dtype, 'cpu')
+    _torch: Any = torch  # the type hints of torch 2.1 lack these
+    is_autocast = partial(_torch.is_autocast_enabled, 'cpu')
+    autocast_dtype = partial(_torch.get_autocast_dtype, 'cpu')
 else:
     is_autocast = torch.is_autocast_cpu_enabled
     autocast_dtype = torch.get_autocast_cpu_dtype
@@ -63,12 +66,12 @@ class _Classes:
 
     stem: type = type(None)
     block: type = type(None)
-    attention: type = type(None)
-    drop_path: type = type(None)
+    attention: Any = type(None)
+    drop_path: Any = type(None)
     forwards: tuple[Any, ...] = ()
 
 
-def register(stem: type, block: type, attention: type, drop_path: type) -> None:
+def register(stem: type, block: type, attention: type[nn.Module], drop_path: type[nn.Module]) -> None:
     """Name the classes whose ``forward`` the CPU implementation computes; subclasses are not meant."""
     _Classes.stem, _Classes.block = stem, block
     _Classes.attention, _Classes.drop_path = attention, drop_path
@@ -186,7 +189,7 @@ def _has_trainable(module: nn.Module) -> bool:
 
 
 def _why_not_stem(stem: nn.Module, x: Tensor) -> str | None:
-    modules = stem._modules
+    modules: dict[str, Any] = stem._modules
     conv, norm, act = modules['conv'], modules['norm'], modules['act']
     depthwise, project = modules['depthwise'], modules['project']
     depthwise_norm, depthwise_act = modules['depthwise_norm'], modules['depthwise_act']
@@ -221,7 +224,8 @@ def _why_not_stem(stem: nn.Module, x: Tensor) -> str | None:
 
 
 def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
-    state, modules = vars(block), block._modules
+    state = vars(block)
+    modules: dict[str, Any] = block._modules
     norm, expand, depthwise = modules['norm'], modules['expand'], modules['depthwise']
     depthwise_norm, depthwise_act = modules['depthwise_norm'], modules['depthwise_act']
     project, drop_path = modules['project'], modules['drop_path']
@@ -257,7 +261,7 @@ def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def _why_not_part(name: str, part: nn.Module, classes: dict[type, int | None]) -> str | None:
+def _why_not_part(name: str, part: nn.Module, classes: Mapping[Any, int | None]) -> str | None:
     """Why this is no instance of one of some classes, or one that is hooked or overridden.
 
     Args:
@@ -283,7 +287,7 @@ def _why_not_part(name: str, part: nn.Module, classes: dict[type, int | None]) -
 
 def _why_not_weights(name: str, layer: nn.Module, x: Tensor, trains: bool) -> str | None:
     """Why a linear layer or convolution has not the parameters that the input takes."""
-    parameters = layer._parameters
+    parameters: dict[str, Any] = layer._parameters
     weight, bias = parameters['weight'], parameters['bias']
     if type(weight) not in _TENSORS or (bias is not None and type(bias) not in _TENSORS):
         return f'{name} has a {type(weight).__name__} for a weight or a {type(bias).__name__} for a bias'
@@ -330,7 +334,7 @@ def _is_plain_batch_norm(cls: type) -> bool:
 
 
 def _why_not_norm(name: str, norm: nn.Module, trains: bool, layer_norm: bool = False) -> str | None:
-    cls = type(norm)
+    cls: Any = type(norm)
     if cls is Identity:
         return _why_not_part(name, norm, _IDENTITY)
     state = norm.__dict__
@@ -366,7 +370,8 @@ def _why_not_expand(expand: nn.Module, x: Tensor, trains: bool) -> str | None:
 
 
 def _why_not_attention(expand: nn.Module, x: Tensor, trains: bool) -> str | None:
-    modules, state = expand._modules, expand.__dict__
+    modules: dict[str, Any] = expand._modules
+    state = expand.__dict__
     qk, v = modules['qk'], modules['v']
     reason = (
         _why_not_part('expand', expand, {_Classes.attention: None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +15,20 @@ from .row_strips import by_strips
 from .window_attention import attend
 
 
-def stem(module: nn.Module, x: Tensor) -> Tensor:
+def stem(module: Any, x: Tensor) -> Tensor:
     """Map images (B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""
     x = x.permute(0, 2, 3, 1)
     row_numel = x.shape[2] * module.conv.out_channels
     return by_strips(partial(_stem, module), x, 2, 4, row_numel).permute(0, 3, 1, 2)
 
 
-def _stem(module: nn.Module, x: Tensor) -> Tensor:
+def _stem(module: Any, x: Tensor) -> Tensor:
     x = _conv_norm_silu(x, module.conv, module.norm)
     x = _conv_norm_silu(x, module.depthwise, module.depthwise_norm)
     return module.project(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def block(module: nn.Module, x: Tensor) -> Tensor:
+def block(module: Any, x: Tensor) -> Tensor:
     """Map (B, H, W, C) to (B, H', W', C')."""
     if is_attention(module.expand):  # needs the whole feature map
         return _block(module, x)
@@ -35,7 +36,7 @@ def block(module: nn.Module, x: Tensor) -> Tensor:
     return by_strips(partial(_block, module), x, conv.stride[0], 2, x.shape[2] * conv.out_channels)
 
 
-def _block(module: nn.Module, x: Tensor) -> Tensor:
+def _block(module: Any, x: Tensor) -> Tensor:
     parts = module._modules
     norm, expand, residual = parts['norm'], parts['expand'], module.residual
     if type(norm) is nn.LayerNorm:
@@ -56,7 +57,7 @@ def _block(module: nn.Module, x: Tensor) -> Tensor:
     return torch.addcmul(x, y, scale) if residual else y * scale
 
 
-def _attend(module: nn.Module, x: Tensor) -> Tensor:
+def _attend(module: Any, x: Tensor) -> Tensor:
     h, w, size = *x.shape[1:3], module.window_size
     qk, v = linear(module.qk, x), linear(module.v, x, gelu=True)
     padding = module.v.bias

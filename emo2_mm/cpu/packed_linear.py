@@ -45,7 +45,7 @@ class PackedLinear(nn.Linear):
         That is so without oneDNN, in other types than float32, and for tensors made in
         :func:`torch.inference_mode`, whose changes torch does not track.
         """
-        weight = self._parameters['weight']
+        weight: Any = self._parameters['weight']  # never None in a linear layer
         if not HAS_ONEDNN or not torch._C._get_mkldnn_enabled():
             return None
         if weight.dtype is not torch.float32 or weight.is_inference() or not weight.is_contiguous():
@@ -81,7 +81,7 @@ def linear(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
     if packed is None:
         y = layer(x)
         return F.gelu(y) if gelu else y
-    bias = layer.bias
+    bias: Tensor | None = layer.bias
     if bias is not None:
         bias = bias.contiguous()  # oneDNN ignores strides
     act, algorithm = ('gelu', 'none') if gelu else ('none', '')
@@ -90,7 +90,7 @@ def linear(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
 
 def pack_linear_layers(module: nn.Module) -> None:
     """Turn each :class:`torch.nn.Linear` in ``module``, no subclass of it, into a :class:`PackedLinear`."""
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = PackedLinear  # in place: what was attached to it stays
-            part._packed = None
+    plain: list[Any] = [part for part in module.modules() if type(part) is nn.Linear]
+    for part in plain:
+        part.__class__ = PackedLinear  # in place: what was attached to it stays
+        part._packed = None

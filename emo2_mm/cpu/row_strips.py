@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def by_strips(
         return function(x)
     images = max(rows // height, 1)
     step = max(rows // stride, 4) if images == 1 else height  # rows of output
-    out = None
+    out: Any = None  # made when the shape of the first strip is known
     for first in range(0, batch, images):
         for top in range(0, -(-height // stride), step):
             above = max(top * stride - halo, 0)

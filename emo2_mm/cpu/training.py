@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,14 @@ ACTIVATIONS: dict[type, tuple[Activation, Callable[[Tensor, Tensor], Tensor]]] =
 }
 
 
-def stem(module: nn.Module, x: Tensor) -> Tensor:
+def stem(module: Any, x: Tensor) -> Tensor:
     """Map images (B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""
     x = module.act(module.norm(module.conv(x)))
     x = trainable_depthwise_conv(x, module.depthwise.weight, module.depthwise.stride[0])
     return module.project(module.depthwise_act(module.depthwise_norm(x)))
 
 
-def block(module: nn.Module, x: Tensor) -> Tensor:
+def block(module: Any, x: Tensor) -> Tensor:
     """Map (B, H, W, C) to (B, H', W', C')."""
     norm, expand = module.norm, module.expand
     if type(norm) is nn.LayerNorm:
@@ -52,7 +52,7 @@ def block(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def fused_tail(
-    x: Tensor, act: type, depthwise: nn.Conv2d, norm: nn.Module, project: nn.Linear, residual: bool
+    x: Tensor, act: type, depthwise: nn.Conv2d, norm: Any, project: nn.Linear, residual: bool
 ) -> Tensor:
     """Compute ``project(e + silu(norm(depthwise(e))))`` of ``e = act(x)``; without a residual not ``e +``.
 
@@ -85,7 +85,7 @@ class _FusedTail(torch.autograd.Function):
         beta: Tensor | None,
         projection: Tensor,
         act: type,
-        norm: nn.Module,
+        norm: Any,
         stride: int,
         residual: bool,
     ) -> Tensor:
@@ -103,9 +103,9 @@ class _FusedTail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, convolved, kernel, gamma, beta, projection, *statistics = ctx.saved_tensors
+        x, convolved, kernel, gamma, beta, projection, mean, var = ctx.saved_tensors
         if needs_plain_backward(grad):
-            function = partial(_plain_tail, ctx, statistics)
+            function = partial(_plain_tail, ctx, mean, var)
             found = plain_backward(function, (x, kernel, gamma, beta, projection), grad)
             return (*found, None, None, None, None)
         dtype = grad.dtype
@@ -113,8 +113,8 @@ class _FusedTail(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (convolved, gamma, beta) if t is not None]
             affine = iter(inputs[1:])
-            weights = [None if t is None else next(affine) for t in (gamma, beta)]
-            local = F.silu(F.batch_norm(inputs[0], *statistics, *weights, ctx.of_batch, 0.0, ctx.eps))
+            weight, bias = (None if t is None else next(affine) for t in (gamma, beta))
+            local = F.silu(F.batch_norm(inputs[0], mean, var, weight, bias, ctx.of_batch, 0.0, ctx.eps))
         with torch.no_grad():
             e = act(x).permute(0, 3, 1, 2)
             z = local + e if ctx.residual else local
@@ -123,8 +123,8 @@ class _FusedTail(torch.autograd.Function):
             grad_projection = rows.t() @ z.to(dtype) if ctx.needs_input_grad[4] else None
             grad_z = (rows @ projection.to(dtype)).view(*grad.shape[:3], projection.shape[1])
             grad_z = grad_z.permute(0, 3, 1, 2)
-        grad_convolved, *found = torch.autograd.grad(local, inputs, grad_z)
-        grad_affine = iter(found)
+        grad_convolved, *grads = torch.autograd.grad(local, inputs, grad_z)
+        grad_affine = iter(grads)
         grad_gamma, grad_beta = (None if t is None else next(grad_affine) for t in (gamma, beta))
         grad_e, grad_kernel = depthwise_gradients(
             grad_convolved, e, kernel, ctx.stride, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -138,7 +138,8 @@ class _FusedTail(torch.autograd.Function):
 
 def _plain_tail(
     ctx: Any,
-    statistics: Sequence[Tensor | None],
+    mean: Tensor | None,
+    var: Tensor | None,
     x: Tensor,
     kernel: Tensor,
     gamma: Tensor | None,
@@ -149,5 +150,5 @@ def _plain_tail(
     with ctx.autocast():
         e = ACTIVATIONS[ctx.act][0](x).permute(0, 3, 1, 2)
         z = depthwise_conv(e, kernel, ctx.stride)
-        z = F.silu(F.batch_norm(z, *statistics, gamma, beta, ctx.of_batch, 0.0, ctx.eps))
+        z = F.silu(F.batch_norm(z, mean, var, gamma, beta, ctx.of_batch, 0.0, ctx.eps))
         return F.linear((z + e if ctx.residual else z).permute(0, 2, 3, 1), projection)

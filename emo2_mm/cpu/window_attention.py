@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class Windows(NamedTuple):
         start = x.storage_offset() + rows.start * row + columns.start * column
         return x.as_strided(shape, outer + inner, start)
 
-    def partition(self, x: Tensor, padding: Tensor, maps: int = 1) -> tuple[Tensor, ...]:
+    def partition(self, x: Tensor, padding: Tensor, maps: int = 1) -> Sequence[Tensor]:
         """Copy the windows of each feature map: (B * n1 * n2 * heads, tokens, d).
 
         Where windows have padding, one more token comes last, which stands for all of it.
@@ -213,10 +213,11 @@ class _GeluAndAttend(torch.autograd.Function):
         grad_padding_qk, grad_padding_v = torch.zeros_like(padding_qk), torch.zeros_like(padding_v)
         grad_padding_k = grad_padding_qk.chunk(2)[1]  # padding queries are not computed: q has no gradient
         grad = grad.contiguous()
-        if is_one_window(*v.shape[1:3], size):
+        h, w = v.shape[1:3]
+        if is_one_window(h, w, size):
             grad = grad * 2
         activated, padding = F.gelu(v), F.gelu(padding_v)
-        for windows in divide(*v.shape[1:3], size, heads):
+        for windows in divide(h, w, size, heads):
             q, k = windows.partition(qk, padding_qk, 2)
             (values,) = windows.partition(activated, padding)
             attention = windows.attention(q, k).to(v.dtype)

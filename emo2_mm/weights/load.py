@@ -147,8 +147,9 @@ def match_weights(weights: Weights, model: nn.Module) -> Weights:
     ):
         if names:
             lines.append(f'{len(names)} {label}: {_some(names)}')
-    arch = find_arch(weights, model.arch_settings)
-    if arch and arch != find_arch(own, model.arch_settings):
+    settings: Any = model.arch_settings
+    arch = find_arch(weights, settings)
+    if arch and arch != find_arch(own, settings):
         lines.append(f'the file contains arch {arch!r}; set arch={arch!r}')
     elif arch and misshaped:
         lines.append(

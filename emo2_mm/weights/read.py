@@ -132,8 +132,9 @@ def _wrong_kind(file: BinaryIO) -> str | None:
 
 def _read_zip(file: BinaryIO) -> Any:
     file.seek(0)
-    reader = torch._C.PyTorchFileReader(file)  # the parser that torch.load uses: both see the same records
-    records = reader.get_all_records()  # type: ignore[attr-defined]  # missing in torch's stubs
+    # The parser that torch.load uses: both see the same records. The hints of torch 2.1 lack its methods
+    reader: Any = torch._C.PyTorchFileReader(file)
+    records = reader.get_all_records()
     if 'constants.pkl' in records:
         raise ValueError('a TorchScript archive, which contains code; save the state_dict() instead')
     if 'data.pkl' not in records:
