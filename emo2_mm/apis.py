@@ -127,7 +127,8 @@ def init_inferencer(cfg: Config, checkpoint: str, device: str) -> Any:
     names = find_names(meta.get('dataset_meta') if isinstance(meta, dict) else None, cfg)
     with loads(dict(state_dict=weights, meta=dict(dataset_meta=names))):
         if scope == 'mmpretrain':
-            import_module('mmpretrain.utils.progress').disable_progress_bar = True
+            progress: Any = import_module('mmpretrain.utils.progress')
+            progress.disable_progress_bar = True
             kind = import_module('mmpretrain').ImageClassificationInferencer
             inferencer = kind(cfg, pretrained='checkpoint', device=device)
         else:

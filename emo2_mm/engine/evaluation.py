@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from copy import deepcopy
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -108,7 +109,7 @@ def enable_tta(cfg: Config) -> None:
     if cfg.default_scope == 'mmdet':
         if cfg.model.get('roi_head', {}).get('mask_head'):
             raise UserError('--tta: MMDetection cannot merge masks; leave --tta out')
-        model = dict(
+        model: Any = dict(
             type='DetTTAModel',
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         )

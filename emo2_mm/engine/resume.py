@@ -70,9 +70,9 @@ def find_resumable(cfg: Config) -> None:
     pointer = Path(cfg.work_dir, 'last_checkpoint')
     last = Path(pointer.read_text().strip()) if pointer.is_file() else pointer
     folder = last.parent if last.is_file() else Path(cfg.work_dir)  # out_dir of CheckpointHook may differ
-    names = {file: re.fullmatch(r'(epoch|iter)_(\d+)\.pth', file.name) for file in folder.glob('*.pth')}
-    saved = [file for file, name in names.items() if name]
-    saved.sort(key=lambda file: int(names[file][2]), reverse=True)
+    names = [(file, re.fullmatch(r'(epoch|iter)_(\d+)\.pth', file.name)) for file in folder.glob('*.pth')]
+    numbers = {file: int(name[2]) for file, name in names if name}
+    saved = sorted(numbers, key=numbers.__getitem__, reverse=True)
     if last.is_file():  # a higher number belongs to an earlier run
         saved = saved[saved.index(last) :] if last in saved else [last]
     for file in saved:

@@ -19,7 +19,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape:
         return float('inf')
     difference = np.linalg.norm(ours.astype(np.float64) - theirs.astype(np.float64))
-    return float(difference / max(np.linalg.norm(theirs.astype(np.float64)), 1e-12))
+    return float(difference / max(float(np.linalg.norm(theirs.astype(np.float64))), 1e-12))
 
 
 def overlaps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

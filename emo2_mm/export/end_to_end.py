@@ -114,6 +114,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: list[float], std: list[float], divisor: int) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1))
         self.divisor = divisor
@@ -212,9 +214,10 @@ class Dense(nn.Module):
         UserError: If the head is of another kind.
     """
 
-    def __init__(self, head: nn.Module, dynamic: bool) -> None:
+    def __init__(self, head: Any, dynamic: bool) -> None:
         super().__init__()
-        priors, coder = getattr(head, 'prior_generator', None), getattr(head, 'bbox_coder', None)
+        priors: Any = getattr(head, 'prior_generator', None)
+        coder: Any = getattr(head, 'bbox_coder', None)
         kinds = [type(priors).__name__, type(coder).__name__]
         plain = kinds[0] in PRIORS and kinds[1] == 'DeltaXYWHBBoxCoder' and not coder.add_ctr_clamp
         if not plain:
@@ -282,7 +285,7 @@ class Dense(nn.Module):
 class Regions(nn.Module):
     """Features of regions, as MMDetection's ``SingleRoIExtractor`` takes them out of a feature pyramid."""
 
-    def __init__(self, extractor: nn.Module) -> None:
+    def __init__(self, extractor: Any) -> None:
         super().__init__()
         layers = extractor.roi_layers
         kinds = {(layer.sampling_ratio, layer.pool_mode, layer.aligned) for layer in layers}
@@ -312,7 +315,7 @@ class Regions(nn.Module):
 class TwoStage(nn.Module):
     """Faster R-CNN and Mask R-CNN: proposals, boxes, and masks if the model has them."""
 
-    def __init__(self, model: nn.Module, dynamic: bool) -> None:
+    def __init__(self, model: Any, dynamic: bool) -> None:
         super().__init__()
         roi = model.roi_head
         kinds = [type(roi).__name__, type(roi.bbox_head.bbox_coder).__name__]
@@ -387,7 +390,7 @@ class EndToEnd(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, scope: str | None, answers: str, normalize: Normalize | None, dynamic: bool
+        self, model: Any, scope: str | None, answers: str, normalize: Normalize | None, dynamic: bool
     ) -> None:
         super().__init__()
         self.model, self.scope, self.answers = model, scope, answers

@@ -98,7 +98,7 @@ def _quantize(source: Path, target: Path, inputs: Sequence[np.ndarray], names: C
     """Write a graph with the nodes of ``names`` in int8, a scale for each output channel of the weights."""
     tools = import_onnx('onnxruntime.quantization')
 
-    class Reader(tools.CalibrationDataReader):
+    class Reader(tools.CalibrationDataReader):  # type: ignore[name-defined]  # imported by name
         def __init__(self) -> None:
             self.left = iter(inputs)
 

@@ -118,6 +118,6 @@ def load(cfg: Config, checkpoint: str, backbone_only: bool) -> Loaded:
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy with the backbone's norms and layer scales folded into the weights next to them."""
-    model = deepcopy(model)
-    (model if isinstance(model, EMOv2) else model.backbone).switch_to_deploy()
-    return model
+    copied: Any = deepcopy(model)
+    (copied if isinstance(copied, EMOv2) else copied.backbone).switch_to_deploy()
+    return copied

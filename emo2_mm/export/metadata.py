@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from torch import nn
 
 from ..errors import UserError
 from ..version import __version__
@@ -60,7 +59,7 @@ def describe(
     except UserError:
         if not (options.raw or options.backbone):
             raise
-    model = loaded.model
+    model: Any = loaded.model
     if meta['task'] in ('detection', 'instance segmentation'):
         meta['score_thr'] = SCORE_THR
         head = model.rpn_head if getattr(model, 'with_rpn', False) else model.bbox_head
@@ -77,7 +76,7 @@ def describe(
     return meta
 
 
-def describe_anchors(head: nn.Module) -> dict[str, Any]:
+def describe_anchors(head: Any) -> dict[str, Any]:
     """What turns the raw maps of a head into boxes: anchors, the coding of deltas, and the activation."""
     priors, coder = head.prior_generator, head.bbox_coder
     found: dict[str, Any] = dict(anchors='unknown', score_activation='unknown')

@@ -110,10 +110,12 @@ class Block(nn.Module):
         super().__init__()
         self.attends = isinstance(block.expand, SEWMHSA)
         self.norm = block.norm if isinstance(block.norm, nn.LayerNorm) else None
+        expand: Any = block.expand
+        self.expand: nn.Module
         if self.attends:
-            self.expand = WindowAttention(block.expand)
+            self.expand = WindowAttention(expand)
         else:
-            self.expand = pointwise(block.expand.linear) if self.norm is None else block.expand.linear
+            self.expand = pointwise(expand.linear) if self.norm is None else expand.linear
         self.depthwise = block.depthwise
         self.project = pointwise(block.project)
         self.residual = block.residual
@@ -143,8 +145,8 @@ class OnnxEMOv2(nn.Module):
         super().__init__()
         self.out_indices, self.dynamic = backbone.out_indices, dynamic
         self.stem = backbone.stem
-        self.stages = nn.ModuleList(nn.ModuleList(map(Block, stage)) for stage in backbone.stages)
-        self.norm = backbone.norm
+        self.stages: Any = nn.ModuleList(nn.ModuleList(map(Block, stage)) for stage in backbone.stages)
+        self.norm: Any = backbone.norm
         self.eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +187,7 @@ class AdaptiveAvgPool2d(nn.Module):
 class Upsample(nn.Module):
     """MMSegmentation's of the same name, which turns the size of the map into a constant when traced."""
 
-    def __init__(self, upsample: nn.Module) -> None:
+    def __init__(self, upsample: Any) -> None:
         super().__init__()
         self.factor, self.mode, self.align_corners = (
             upsample.scale_factor,
@@ -203,7 +205,8 @@ def replace(module: nn.Module, scope: str | None, dynamic: bool) -> nn.Module:
     if isinstance(module, EMOv2):
         return OnnxEMOv2(module, dynamic)
     if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size not in (1, (1, 1)):
-        return AdaptiveAvgPool2d(module.output_size)
+        size: Any = module.output_size  # torch allows None; the three libraries pass numbers
+        return AdaptiveAvgPool2d(size)
     if scope == 'mmseg' and isinstance(module, import_module('mmseg.models.utils').Upsample):
         return Upsample(module)
     for name, child in module.named_children():
@@ -242,11 +245,12 @@ def trace(
     """
     onnx = import_onnx('onnx')
     # newer torch goes through dynamo unless it is told not to
-    tracing = dict(dynamo=False) if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
+    export: Any = torch.onnx.export  # the hints of newer torch leave out single tensors and open files
+    tracing = dict(dynamo=False) if 'dynamo' in inspect.signature(export).parameters else {}
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that sizes become constants is meant
-        torch.onnx.export(
+        export(
             network,
             x,
             file,

@@ -58,7 +58,7 @@ class OpenVINO:
     """OpenVINO on the CPU: ``pip install openvino``."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
-        settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+        settings: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
         if threads:
             settings['INFERENCE_NUM_THREADS'] = threads
         path = str(folder / entry['files'][0])
@@ -224,8 +224,8 @@ class Prepared(NamedTuple):
     """
 
     array: np.ndarray
-    size: tuple[int, int]
-    valid: tuple[int, int]
+    size: tuple[int, ...]
+    valid: tuple[int, ...]
     scale: tuple[float, float]
 
 
@@ -321,7 +321,7 @@ def choose_boxes(
     return np.concatenate([candidates[kept], found[kept, None]], axis=1), labels[kept]
 
 
-def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:
+def paste_mask(mask: np.ndarray, box: np.ndarray, size: Sequence[int], threshold: float) -> np.ndarray:
     """Enlarge the mask (m, m) of a box (x1, y1, x2, y2, and whatever follows) to the image: (H, W) bool.
 
     Pixels are sampled bilinearly, as torch's grid_sample does without aligned corners.
@@ -375,7 +375,7 @@ def resize_matrix(old: int, new: int, align_corners: bool) -> np.ndarray:
 
 
 def enlarge_logits(
-    logits: np.ndarray, prepared: Prepared, align_corners: bool, model_size: tuple[int, int]
+    logits: np.ndarray, prepared: Prepared, align_corners: bool, model_size: Sequence[int]
 ) -> np.ndarray:
     """Logits (C, h, w) of a segmentor to the size of the image, as MMSegmentation does: (C, H, W).
 
