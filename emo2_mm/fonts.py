@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Any, Iterable
 
 import matplotlib
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
@@ -27,9 +27,10 @@ def use_font_for(names: Iterable[str]) -> str | None:
         lacks = _lacks(entry.fname, wanted)
         missing = min(missing, lacks, key=len)
         if not lacks:
+            settings: Any = matplotlib.rcParams  # its type lists the keys, and takes no other strings
             for family in ('sans-serif', 'serif', 'monospace'):
-                known = matplotlib.rcParams[f'font.{family}']
-                matplotlib.rcParams[f'font.{family}'] = list(dict.fromkeys([entry.name, *known]))
+                known = settings[f'font.{family}']
+                settings[f'font.{family}'] = list(dict.fromkeys([entry.name, *known]))
             return None
     shown = ''.join(map(chr, sorted(missing)[:10]))
     return (

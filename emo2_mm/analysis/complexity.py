@@ -88,13 +88,15 @@ def build(model_cfg: dict[str, Any]) -> nn.Module:
     """Build a model in eval mode with random weights: nothing is loaded."""
     model_cfg = dict(model_cfg)
     if 'teacher' in model_cfg:  # a distilled classifier is its student
-        student = {key: model_cfg[key] for key in ('backbone', 'neck', 'head') if key in model_cfg}
+        student: dict[str, Any] = {
+            key: model_cfg[key] for key in ('backbone', 'neck', 'head') if key in model_cfg
+        }
         model_cfg = {'type': 'ImageClassifier', **student}
     model = MODELS.build(model_cfg)
     return revert_sync_batchnorm(model).eval()  # SyncBN may refuse to work on a CPU
 
 
-def fix_proposals(model: nn.Module, shape: tuple[int, int]) -> None:
+def fix_proposals(model: Any, shape: tuple[int, int]) -> None:
     """Let a region proposal network always give the most proposals that its config allows.
 
     With random weights NMS would leave a random number.

@@ -66,7 +66,7 @@ def _loads_late(pipeline: list[dict]) -> bool:
 
 def _draw_samples(dataset: Any, classes: list[str], path: Path, number: int, split: str, late: bool) -> None:
     chosen = np.random.RandomState(SEED).permutation(len(dataset))[:number]
-    samples = [dataset[int(i)] for i in sorted(chosen)]
+    samples = [dataset[i] for i in sorted(chosen.tolist())]
     images = [_to_rgb(sample['inputs']) for sample in samples]
     columns = min(4, number)
     title = f'{number} of {len(dataset)} {split} samples as the network gets them'
@@ -151,7 +151,7 @@ def _count(
     infos: list[dict], chosen: np.ndarray, classes: list[str]
 ) -> tuple[Counter, list[tuple[float, float]], list[tuple[float, float]]]:
     """How often each class occurs; widths and heights of images, and of boxes."""
-    counts: Counter = Counter(dict.fromkeys(range(len(classes)), 0))
+    counts: Any = Counter(dict.fromkeys(range(len(classes)), 0))  # percent of pixels, if there are maps
     boxes = []
     for info in infos:
         for instance in info.get('instances') or ():

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
-COLOURS = tuple(plt.get_cmap('tab10').colors) + tuple(plt.get_cmap('Set3').colors)
+_maps: list[Any] = [plt.get_cmap('tab10'), plt.get_cmap('Set3')]  # lists of colours, as not all maps are
+COLOURS = tuple(colour for each in _maps for colour in each.colors)
 
 
 def colour(label: int) -> tuple[float, float, float]:
@@ -32,7 +33,7 @@ def prepare_font(names: Sequence[str]) -> None:
         note(message)
 
 
-def new_sheet(rows: int, columns: int, shape: tuple[int, int], title: str) -> tuple[Figure, np.ndarray]:
+def new_sheet(rows: int, columns: int, shape: Sequence[int], title: str) -> tuple[Figure, np.ndarray]:
     """Make a figure of axes without ticks, whose cells have the proportions of an image.
 
     Args:

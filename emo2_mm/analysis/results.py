@@ -147,7 +147,8 @@ class Collected:
         pairs = [x for x, i, skip in zip(pairs, matched, passed[sure]) if i >= 0 or not skip]
         pairs += [(x, ground) for i, x in enumerate(truth['labels']) if i not in matched]
         if pairs:
-            self._count(*np.array(pairs).T, ground + 1)
+            true, predicted = np.array(pairs).T
+            self._count(true, predicted, ground + 1)
         hits = sum(a == b for a, b in pairs)
         quality = hits / max(1, len(pairs)) if pairs else 1.0
         kept = np.flatnonzero(sure)[:50]
@@ -231,9 +232,9 @@ class Collected:
     def _draw_matrix(self, path: Path) -> None:
         from .drawing import draw_matrix, plt, save
 
-        size = len(self.counts) if self.counts is not None else 0
-        if not size:
+        if self.counts is None or not len(self.counts):
             return
+        size = len(self.counts)
         names = [*self.classes, 'nothing'][:size]
         rows = names
         if 'map' in self.results[0].truth:
@@ -255,7 +256,7 @@ class Collected:
         for label in order[:20]:
             recall, precision = curve(self.ranked[label], self.there[label])
             area = average_precision(recall, precision)
-            ax.plot(recall, precision, color=colour(label), label=f'{self.classes[label]}: {area:.3f}')
+            ax.plot(recall, precision, color=colour(int(label)), label=f'{self.classes[label]}: {area:.3f}')
         boxes = 'boxes' in self.results[0].truth
         mean = np.mean([average_precision(*curve(self.ranked[i], self.there[i])) for i in order])
         ax.set_title(
@@ -282,12 +283,12 @@ def _objects(instances: Any) -> dict[str, Any]:
     return found
 
 
-def _encode(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+def _encode(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
     """Pack a mask into bits: those of all images of an evaluation may be kept for a while."""
     return np.packbits(mask.astype(bool)), mask.shape
 
 
-def _decode(packed: tuple[np.ndarray, tuple[int, int]]) -> np.ndarray:
+def _decode(packed: tuple[np.ndarray, tuple[int, ...]]) -> np.ndarray:
     bits, (height, width) = packed
     return np.unpackbits(bits, count=height * width).reshape(height, width).astype(bool)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Dict, NamedTuple, Sequence
+from typing import Any, Dict, NamedTuple, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 Line = Dict[str, float]
-Lines = Dict[int, Line]  # by the "step" they were logged at
+Lines = Dict[float, Line]  # by the "step" they were logged at
 
 NOT_DRAWN = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory')
 PATTERNS = ('*/vis_data/scalars.json', 'vis_data/scalars.json', 'scalars.json')
@@ -44,10 +44,11 @@ class Run(NamedTuple):
     def curve(self, key: str, in_epochs: bool) -> tuple[list[float], list[float]]:
         """When a key was logged, in epochs or iterations, and its values."""
         points = {step: line[key] for step, line in self.train.items() if key in line}
-        factor = 1 / self.epoch_length if in_epochs else 1
+        length: Any = self.epoch_length  # where it is None, in_epochs is False
+        factor = 1 / length if in_epochs else 1
         if not points:
             points = {step: line[key] for step, line in self.val.items() if key in line}
-            factor = self.epoch_length if self.epoch_length and not in_epochs else 1
+            factor = length if length and not in_epochs else 1
         steps = sorted(points)
         return [step * factor for step in steps], [points[step] for step in steps]
 
@@ -96,7 +97,7 @@ def read_run(path: Path, name: str) -> Run:
 
 def find_epoch_length(train: Lines) -> float | None:
     """Find the iterations of an epoch from the first that were logged of two; None without epochs."""
-    firsts: dict[float, int] = {}
+    firsts: dict[float, float] = {}
     for step in sorted(train, reverse=True):
         if 'epoch' in train[step]:
             firsts[train[step]['epoch']] = step

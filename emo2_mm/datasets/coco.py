@@ -121,7 +121,7 @@ class CocoMetric(_CocoMetric):
             classes = self.dataset_meta['classes']
             content['categories'] = arrange_categories(content['categories'], classes, '', Report())
             self._coco_api = make_index(content)
-            self.cat_ids = [category['id'] for category in content['categories'][: len(classes)]]
+            self.cat_ids: list[int] = [category['id'] for category in content['categories'][: len(classes)]]
             for truth, _ in results:
                 image = self._coco_api.imgs.get(truth['img_id'], {})
                 image.setdefault('width', truth['width'])

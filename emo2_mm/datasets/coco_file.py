@@ -94,7 +94,8 @@ def arrange_categories(
     free = max((c['id'] for c in categories if isinstance(c['id'], int)), default=0) + 1
     arranged = []
     for name in classes:
-        arranged.append(by_name.pop(name, None) or dict(id=free, name=name))
+        found = by_name.pop(name, None)
+        arranged.append(found or dict(id=free, name=name))
         free += arranged[-1]['id'] == free
     return arranged + list(by_name.values())
 
@@ -276,7 +277,7 @@ def _read_box(annotation: dict, place: str, report: Report) -> list[float] | Non
     if isinstance(mask, list) and len(mask) >= 6 and all(isinstance(n, NUMBER) for n in mask):
         annotation['segmentation'] = mask = [mask]
         report.add('COCO041', place)
-    box = annotation.get('bbox')
+    box: Any = annotation.get('bbox')
     if not box:
         box = _box_of(mask)
         if box is None:
@@ -381,9 +382,9 @@ def _read_categories(
             report.add('COCO027', f'{place}.id is {given!r}')
         categories.append(category)
     for i in repeated(category['id'] for category in categories):
-        names = [category['name'] for category in categories if category['id'] == i]
-        if len(set(names)) > 1:
-            report.add('COCO004', f'{file}: {i!r} of {" and ".join(names)}')
+        same = [category['name'] for category in categories if category['id'] == i]
+        if len(set(same)) > 1:
+            report.add('COCO004', f'{file}: {i!r} of {" and ".join(same)}')
     supers = Counter(category.get('supercategory') for category in categories)
     names = Counter(category['name'] for category in categories)
     kept: dict[str, dict] = {}
@@ -420,7 +421,8 @@ def _verify_sizes(
     boxes = defaultdict(list)
     for annotation in annotations:
         boxes[annotation['image_id']].append(annotation['bbox'])
-    stored, displayed = [], []
+    stored: list[str] = []
+    displayed: list[str] = []
     for image in images:
         path = os.path.join(folder, image['file_name'])
         header = read_header(path)

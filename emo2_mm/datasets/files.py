@@ -28,7 +28,7 @@ MARKS = {  # the longer first: UTF-32's begins with UTF-16's
 ORIENTATION = 0x0112  # EXIF tag
 
 
-def decode(data: bytes, file: str | os.PathLike) -> tuple[str, str]:
+def decode(data: bytes, file: str | os.PathLike[str]) -> tuple[str, str]:
     """Decode a text file: UTF-8, or as its byte order mark says.
 
     Returns:
@@ -52,7 +52,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith('.') or name.lower() in NO_DATA
 
 
-def subfolders(folder: str | os.PathLike) -> list[str]:
+def subfolders(folder: str | os.PathLike[str]) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
@@ -75,9 +75,11 @@ def in_words(others: Counter) -> str:
     return ', '.join(f'{count} x {name or "no suffix"}' for name, count in sorted(others.items()))
 
 
-def list_files(folder: str | os.PathLike, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Listing:
+def list_files(folder: str | os.PathLike[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Listing:
     """List the images in a folder and all folders in it, also linked ones; suffixes in any case."""
-    images, others, seen = [], Counter(), set()
+    images: list[str] = []
+    others: Counter = Counter()
+    seen: set[str] = set()
     for top, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(top)
         folders[:] = [] if real in seen else sorted(name for name in folders if not is_hidden(name))

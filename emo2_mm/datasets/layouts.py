@@ -239,8 +239,8 @@ def _coco_file(root: Path, split: str, alone: bool) -> Path:
     if alone and split == 'train' and len(loose) == 1:
         return loose[0]
     names = 'annotations/{0}.json, annotations/instances_{0}.json, {0}/_annotations.coco.json, {0}.json'
-    found = f'; JSON files: {", ".join(p.relative_to(root).as_posix() for p in loose)}' if loose else ''
-    raise _refuse(root, split, f'annotation file for {split} ({names.format(split)}){found}')
+    there = f'; JSON files: {", ".join(p.relative_to(root).as_posix() for p in loose)}' if loose else ''
+    raise _refuse(root, split, f'annotation file for {split} ({names.format(split)}){there}')
 
 
 def _coco_images(root: Path, split: str, file: Path, content: dict[str, Any]) -> str:
@@ -280,7 +280,9 @@ def _fit_maps(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
     from .segmentation import match_numbers, pair_maps, scan_maps
 
     classes = _read_names(root)
-    found, values, images = {}, {}, {}
+    found = {}
+    values: dict[int, str] = {}
+    images: dict[str, list[Path]] = {}
     for split, (folder, maps) in _splits(cfg, root, _map_folders):
         listing = list_files(folder)
         if not listing.images:
@@ -406,7 +408,8 @@ def _map_suffix(images: Sequence[str], maps: Sequence[str]) -> str:
 
 @_reported
 def _fit_folders(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
-    folders, counts, images = {}, {}, {}
+    folders, counts = {}, {}
+    images: dict[str, list[Path]] = {}
     for split, folder in _splits(cfg, root, _class_folders):
         folders[split], images[split] = folder, []
         others: Counter = Counter()

@@ -43,7 +43,7 @@ class SegDataset(BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """List images and their maps."""
-        self.label_map = self.numbers or self.label_map
+        self.label_map: dict[int, int] | None = self.numbers or self.label_map
         images, maps = self.data_prefix.get('img_path'), self.data_prefix.get('seg_map_path')
         remote = self.backend_args and self.backend_args.get('backend') not in ('local', 'LocalBackend')
         if remote or (self.ann_file and not os.path.isdir(self.ann_file)):

@@ -60,10 +60,10 @@ def check_coco(dataset: Any, leaf: ConfigDict, model: ConfigDict, report: Report
             report.add('COCO052' if dropped else 'COCO051', path)
         left += not (small or dropped)
         for annotation in objects[image['id']]:
-            code = None if annotation.get('ignore') else box_code(annotation['bbox'], *size)
-            if code:
+            fault = None if annotation.get('ignore') else box_code(annotation['bbox'], *size)
+            if fault:
                 place = f'{file}: annotation {annotation["id"]!r} of {image["file_name"]}'
-                report.add(code, f'{place}: {annotation["bbox"]} in {size}')
+                report.add(fault, f'{place}: {annotation["bbox"]} in {size}')
     if not left:
         report.add('IMG006', f'{file}: {len(content["images"])}, of which it uses none')
     return f'{file}: {len(content["images"])} images, {len(content["annotations"])} annotations'

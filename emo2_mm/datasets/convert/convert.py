@@ -351,7 +351,7 @@ def _decode(rle: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
 
 def _write_folders(pictures: list[Picture], folder: Path, copy: bool) -> Counter:
     counts: Counter = Counter()
-    by_class = defaultdict(list)
+    by_class: dict[Any, list[Picture]] = defaultdict(list)  # by label: each picture has one
     for picture in pictures:
         by_class[picture.label].append(picture)
     for label, group in sorted(by_class.items()):

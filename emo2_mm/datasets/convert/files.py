@@ -91,7 +91,10 @@ class ImageIndex:
         last = name.rsplit('/', 1)[-1].lower()
         found = self.by_name.get(last) or self.by_stem.get(last.rsplit('.', 1)[0]) or []
         tail = name.lower().split('/')
-        return max(found, key=lambda path: self._closeness(path, tail, near, split), default=None)
+        if not found:
+            return None
+        best: Path = max(found, key=lambda path: self._closeness(path, tail, near, split))
+        return best
 
     def _closeness(self, path: Path, tail: list[str], near: Path, split: str | None) -> tuple:
         parts = [part.lower() for part in path.relative_to(self.root).parts]

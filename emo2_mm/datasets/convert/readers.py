@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from xml.etree import ElementTree
@@ -286,15 +287,15 @@ def read_voc(root: Path) -> Dataset:
     """Pascal VOC: an XML file for each image; ImageSets/Main tells the splits."""
     report, index = Report(), ImageIndex(root)
     splits = {}
-    for split in ('test', 'val', 'train'):  # of an image in several, the last counts
+    for subset in ('test', 'val', 'train'):  # of an image in several, the last counts
         for file in files_in(root, '.txt'):
-            if file.stem.lower() == split and file.parent.name.lower() in (
+            if file.stem.lower() == subset and file.parent.name.lower() in (
                 'main',
                 'segmentation',
                 'imagesets',
             ):
                 lines = read_text(file, report).splitlines()
-                splits.update({line.split()[0]: split for line in lines if line.strip()})
+                splits.update({line.split()[0]: subset for line in lines if line.strip()})
     pictures, classes = [], set()
     for file in files_in(root, '.xml'):
         tree = read_xml(file, report)
@@ -519,8 +520,8 @@ def read_masks(root: Path) -> Dataset:
     colours = _colour_table(root, report)
     modes = set()
     for _, mask, _ in pairs:
-        with Image.open(mask) as image:
-            modes.add('numbers' if image.mode in ('1', 'L', 'P', 'I', 'I;16') else 'colours')
+        with Image.open(mask) as opened:
+            modes.add('numbers' if opened.mode in ('1', 'L', 'P', 'I', 'I;16') else 'colours')
     if len(modes) > 1:
         raise UserError(f'{root} has masks in colours and masks of numbers: convert one kind at a time')
     if modes == {'colours'}:
@@ -536,7 +537,7 @@ def read_masks(root: Path) -> Dataset:
             if opened.size != picture.size:
                 report.add('mask has another size than its image: both left out', mask)
                 continue
-        picture.map = lambda mask=mask: read(mask)
+        picture.map = partial(read, mask)
         pictures.append(picture)
     return Dataset(pictures, classes, report)
 
@@ -590,7 +591,8 @@ def _colour_table(root: Path, report: Report) -> dict[str, tuple[int, int, int] 
             if line.startswith('#') or not words:
                 continue
             if len(numbers) >= 3:
-                table[words[0]] = tuple(int(x) for x in numbers[:3])
+                red, green, blue = map(int, numbers[:3])
+                table[words[0]] = (red, green, blue)
             elif len(numbers) == 1:
                 table[words[0]] = int(numbers[0])
     return table

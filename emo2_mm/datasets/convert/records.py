@@ -38,7 +38,7 @@ class Thing:
     """
 
     label: str
-    box: tuple[float, float, float, float]
+    box: tuple[float, ...]
     polygons: list[list[float]] | None = None
     rle: dict[str, Any] | None = None
     crowd: bool = False
