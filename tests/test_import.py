@@ -34,3 +34,14 @@ def test_a_broken_mmengine_is_not_called_absent() -> None:
     done = python("import sys; sys.modules['addict'] = None; import emo2_mm")
     assert 'addict' in done.stderr
     assert 'is not installed. Run' not in done.stderr
+
+
+def test_importing_draws_no_random_numbers() -> None:
+    """Types by name are imported while a model is built: a seed gives the same weights before and after."""
+    done = python(
+        'import torch, mmengine\n'
+        'state = torch.get_rng_state()\n'
+        'import emo2_mm\n'
+        'print(torch.equal(state, torch.get_rng_state()))'
+    )
+    assert done.stdout.strip() == 'True', done.stderr

@@ -100,15 +100,19 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 _AUTOCAST_INPUTS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # Classes of parts, and how many attributes an instance has. One more may hide what its class or
-# ``register_parameter`` gives it, as one with these names does
+# ``register_parameter`` gives it, as one with these names does. On the meta device, layers draw no random
+# numbers: an import must not change what a seeded program draws
 _OVERRIDES = frozenset(
     ('forward', '_call_impl', '_wrapped_call_impl', '_compiled_call_impl', '_slow_forward', '_conv_forward')
     + ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked', '_check_input_dim')
 )
 _IDENTITY = {Identity: len(vars(Identity()))}
 _SEQUENTIAL = {Sequential: len(vars(Sequential()))}
-_LINEAR = {Linear: len(vars(Linear(1, 1))), PackedLinear: len(vars(PackedLinear(1, 1)))}
-_CONV = {Conv2d: len(vars(Conv2d(1, 1, 1)))}
+_LINEAR = {
+    Linear: len(vars(Linear(1, 1, device='meta'))),
+    PackedLinear: len(vars(PackedLinear(1, 1, device='meta'))),
+}
+_CONV = {Conv2d: len(vars(Conv2d(1, 1, 1, device='meta')))}
 _LAYER_NORM = {LayerNorm: len(vars(LayerNorm(1)))}
 _SILU = {SiLU: len(vars(SiLU()))}
 _GELU = {GELU: len(vars(GELU()))}
