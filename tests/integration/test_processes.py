@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -150,8 +149,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     (tmp_path / 'dying.py').write_text(DYING)
     hook = "custom_imports = dict(imports=['dying'])\ncustom_hooks = [dict(type='Die')]\n"
     config = write_config(tmp_path, DETECTOR + hook)
-    begun = time.monotonic()
+    # ends long before gloo's time limit of 30 minutes, or `run` raises
     done = run(tmp_path, 'dist_train.sh', config, 2, PORT=free_port(), PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert 'MemoryError: this process has had enough' in done.stderr
-    assert time.monotonic() - begun < 120
