@@ -8,6 +8,7 @@ from typing import Any
 
 import mmcv
 import numpy as np
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
@@ -17,7 +18,7 @@ from ..datasets.context import use_own_datasets
 from ..datasets.custom import apply_custom_dataset
 from ..engine.preflight import check_data
 from ..errors import UserError
-from .drawing import add_legend, colour, draw, new_sheet, plt, prepare_font, save
+from .drawing import add_legend, colour, draw, new_sheet, prepare_font, save
 
 MAX_FILES = 500  # whose size or map is read for the distributions
 SEED = 0
@@ -124,9 +125,8 @@ def _draw_distribution(dataset: Any, classes: list[str], path: Path, split: str)
     counts, sizes, boxes = _count(infos, chosen, classes)
     has_boxes = any('instances' in info for info in infos)
     unit = 'boxes' if has_boxes else 'share of pixels' if 'seg_map_path' in infos[0] else 'images'
-    figure, axes = plt.subplots(
-        1, 3 if has_boxes else 2, figsize=(14 if has_boxes else 10, 4.6), layout='constrained'
-    )
+    figure = Figure((14 if has_boxes else 10, 4.6), layout='constrained')
+    axes = figure.subplots(1, 3 if has_boxes else 2)
     figure.suptitle(f'{len(infos)} {split} images', fontsize=11)
     shown = counts.most_common(30)
     places = range(len(shown))

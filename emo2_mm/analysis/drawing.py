@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from ..errors import note
 from ..fonts import use_font_for
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import Patch, Rectangle  # noqa: E402
-
-_maps: list[Any] = [plt.get_cmap('tab10'), plt.get_cmap('Set3')]  # lists of colours, as not all maps are
+_maps: list[Any] = [colormaps['tab10'], colormaps['Set3']]  # lists of colours, as not all maps are
 COLOURS = tuple(colour for each in _maps for colour in each.colors)
 
 
@@ -47,9 +44,8 @@ def new_sheet(rows: int, columns: int, shape: Sequence[int], title: str) -> tupl
     """
     width = min(4.2, 14 / columns)
     height = width * min(max(shape[0] / shape[1], 0.5), 1.6) + 0.28
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False, layout='constrained'
-    )
+    figure = Figure((width * columns, height * rows + 0.5), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle(title, fontsize=11)
     for ax in axes.flat:
         ax.axis('off')
@@ -111,10 +107,9 @@ def add_legend(figure: Figure, names: Sequence[str], limit: int = 20) -> None:
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write a figure, and close it."""
+    """Write a figure; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
-    plt.close(figure)
 
 
 def draw_matrix(ax: Axes, counts: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:

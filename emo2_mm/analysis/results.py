@@ -230,7 +230,9 @@ class Collected:
         save(figure, path)
 
     def _draw_matrix(self, path: Path) -> None:
-        from .drawing import draw_matrix, plt, save
+        from matplotlib.figure import Figure
+
+        from .drawing import draw_matrix, save
 
         if self.counts is None or not len(self.counts):
             return
@@ -240,7 +242,8 @@ class Collected:
         if 'map' in self.results[0].truth:
             rows = [f'{name} (IoU {iou:.2f})' for name, iou in zip(names, class_ious(self.counts))]
         side = min(14, max(4, 0.45 * size + 2))
-        figure, ax = plt.subplots(figsize=(side + 1, side), layout='constrained')
+        figure = Figure((side + 1, side), layout='constrained')
+        ax = figure.subplots()
         unit = 'pixels' if 'map' in self.results[0].truth else 'images'
         if 'boxes' in self.results[0].truth:
             unit = f'boxes (score {SCORE} or more, IoU {IOU} or more)'
@@ -249,9 +252,12 @@ class Collected:
         save(figure, path)
 
     def _draw_curves(self, path: Path) -> None:
-        from .drawing import colour, plt, save
+        from matplotlib.figure import Figure
 
-        figure, ax = plt.subplots(figsize=(6.5, 4.5), layout='constrained')
+        from .drawing import colour, save
+
+        figure = Figure((6.5, 4.5), layout='constrained')
+        ax = figure.subplots()
         order = sorted(np.flatnonzero(self.there), key=lambda i: -self.there[i])
         for label in order[:20]:
             recall, precision = curve(self.ranked[label], self.there[label])
