@@ -77,7 +77,9 @@ def _compare_boxes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], l
         total += max(len(mine[0]), len(others[0]))
         common += len(pairs[0])
         if len(pairs[0]):
-            error = max(error, relative_error(mine[0][pairs[0]], others[0][pairs[1]]))
+            same = mine[0][pairs[0]], others[0][pairs[1]]
+            for part in (slice(0, 4), slice(4, 5)):  # boxes, scores
+                error = max(error, relative_error(same[0][:, part], same[1][:, part]))
             if 'masks' in theirs:
                 masks = ours['masks'][i][used[0]][pairs[0]], theirs['masks'][i][used[1]][pairs[1]]
                 error = max(error, relative_error(*masks))
