@@ -161,7 +161,7 @@ def write_checkpoint(path):
     model = visible(revert_sync_batchnorm(model_of(cfg)))
     for name, p in model.named_parameters():
         if p.ndim == 4 and not name.startswith('backbone'):
-            torch.nn.init.xavier_normal_(p, 0.7)
+            torch.nn.init.xavier_normal_(p, 4.0 if 'bbox_head.cls_convs' in name else 0.7)
     torch.save(dict(state_dict=model.state_dict()), 'tiny.pth')
     return cfg
 
