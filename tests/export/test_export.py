@@ -162,6 +162,8 @@ def write_checkpoint(path):
     for name, p in model.named_parameters():
         if p.ndim == 4 and not name.startswith('backbone'):
             torch.nn.init.xavier_normal_(p, 4.0 if 'bbox_head.cls_convs' in name else 0.7)
+        elif 'fc_cls.weight' in name:
+            torch.nn.init.normal_(p, std=0.3)
     torch.save(dict(state_dict=model.state_dict()), 'tiny.pth')
     return cfg
 
