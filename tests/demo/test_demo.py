@@ -383,8 +383,9 @@ def test_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     limits = dict(
         data=['--scenes', '20', '--val-scenes', '8', '--copies', '1'],
         classify=['--cfg-options', 'train_dataloader.dataset.indices=8'],
-        detect=['--cfg-options', 'train_dataloader.dataset.indices=8'],
+        detect=['--cfg-options', 'train_dataloader.dataset.indices=8', 'model.test_cfg.score_thr=0.0'],
     )
+    limits['test-detect'] = ['model.test_cfg.score_thr=0.0']  # after its own --cfg-options
     *steps, _ = run.make_all_steps()
     one = run.make_steps()
     for step in [*steps, *one]:

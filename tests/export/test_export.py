@@ -192,6 +192,7 @@ def test_mask_rcnn_agrees_with_the_library(main, tmp_path, monkeypatch):
     scale = dict(type='Resize', scale=(160, 128), keep_ratio=True)
     cfg.test_dataloader.dataset.pipeline[1] = scale
     cfg.model.test_cfg.rpn.max_per_img = 100
+    cfg.model.test_cfg.rcnn.score_thr = 0.005  # random weights: a score of 1 / 81 on average
     cfg.dump('tiny.py')
     assert main('tiny.py', 'tiny.pth', '--dynamic', '--out', 'b')[0] == 0
     inferencer, model = inferencer_of(Config.fromfile('tiny.py')), predict.Model('b')
