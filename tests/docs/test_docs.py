@@ -174,17 +174,6 @@ def test_python_prints_what_the_page_says(name: str, project: Path) -> None:
             execute(block, names)
 
 
-@pytest.mark.slow
-def test_exported_graph_works_as_the_page_says(project: Path) -> None:
-    pytest.importorskip('mmpretrain')
-    pytest.importorskip('onnxruntime')
-    (words,) = (words for words in COMMANDS if words[-2:] == ['--out', 'emo2_5m.onnx'])
-    done = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (block,) = (block for block in python_blocks(ROOT / 'docs/guide/deploy.md') if 'onnx' in block.text)
-    execute(block, {})
-
-
 INHERITING = {
     block.text for page in PAGES for block in python_blocks(page) if block.text.startswith('_base_')
 }
