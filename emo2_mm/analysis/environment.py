@@ -160,7 +160,7 @@ def check_versions(env: Environment) -> Iterator[Finding]:
     """What neither an import nor ``pip check`` shows."""
     for conflict in env.conflicts:
         yield Finding(
-            'warning', f'pip check: {conflict}', 'install the version that is asked for, or make env'
+            'warning', f'pip check: {conflict}', 'install the required version, or run make env'
         )
     openmmlab = [name for names in DISTRIBUTIONS.values() for name in names if name in env.installed]
     openmmlab = [name for name in openmmlab if 'mm' in name]

@@ -49,7 +49,7 @@ class ResultsHook(Hook):
         self.collected: Collected | None = None
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Begin anew: an evaluation is shown by itself."""
+        """Reset before each evaluation, so that its results are not mixed with earlier ones."""
         self._begin(runner.val_dataloader.dataset)
 
     def before_test_epoch(self, runner: Runner) -> None:

@@ -120,7 +120,7 @@ def apply_options(cfg: Config, amp: bool, auto_scale_lr: bool, validate: bool, r
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
-                '--auto-scale-lr needs the batch size that the learning rate is meant for: '
+                '--auto-scale-lr needs the batch size that the learning rate was tuned for: '
                 'give --cfg-options auto_scale_lr.base_batch_size=N'
             )
         cfg.auto_scale_lr.enable = True

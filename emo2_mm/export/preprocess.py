@@ -52,7 +52,7 @@ def preprocess_steps(cfg: Config, size: tuple[int, int] | None) -> list[dict[str
     Args:
         cfg: The config.
         size: Height and width of the model's input; None for any. Where the pipeline keeps the aspect ratio,
-            the image is moreover shrunk until it fits, and padded; where it does not, it gets just this size.
+            the image is also shrunk to fit and padded; without it, it is resized to exactly this size.
 
     Raises:
         UserError: If a transform has no counterpart in predict.py.
