@@ -159,9 +159,7 @@ def check_failures(env: Environment) -> Iterator[Finding]:
 def check_versions(env: Environment) -> Iterator[Finding]:
     """What neither an import nor ``pip check`` shows."""
     for conflict in env.conflicts:
-        yield Finding(
-            'warning', f'pip check: {conflict}', 'install the required version, or run make env'
-        )
+        yield Finding('warning', f'pip check: {conflict}', 'install the required version, or run make env')
     openmmlab = [name for names in DISTRIBUTIONS.values() for name in names if name in env.installed]
     openmmlab = [name for name in openmmlab if 'mm' in name]
     forks = [name for name in openmmlab if name.startswith('onedl-')]
