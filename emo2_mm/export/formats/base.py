@@ -1,8 +1,4 @@
-"""Formats that a model is exported to: what each needs, how it is written, and what it cannot do.
-
-A format is an entry of :data:`FORMATS`. Its file is run by the class of the same name in
-:mod:`emo2_mm.export.predict`, which is copied into every bundle: what is checked is what is shipped.
-"""
+"""What an exported format is, and what its converter gets."""
 
 from __future__ import annotations
 
@@ -14,12 +10,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from . import int8
-from .onnx_network import import_onnx, trace
+from ...errors import UserError
+from .. import int8
+from ..onnx_network import trace
 
 
 @dataclass
@@ -74,7 +69,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """One entry of :data:`FORMATS`.
+    """A format that models can be exported to.
 
     Attributes:
         name: On the command line, and of the runtime in ``predict.RUNTIMES``.
@@ -126,96 +121,6 @@ class Format:
             )
 
 
-def write_onnx(source: Source, folder: Path, precision: str) -> list[str]:
-    """``model.onnx``, ``model-fp16.onnx`` or ``model-int8.onnx``, with the metadata inside."""
-    graph = source.int8_graph() if precision == 'int8' else source.graph()
-    if precision == 'fp16':
-        graph = int8.to_half(graph)
-    import_onnx('onnx').helper.set_model_props(graph, flat_metadata(source.meta))
-    name = 'model.onnx' if precision == 'fp32' else f'model-{precision}.onnx'
-    (folder / name).write_bytes(graph.SerializeToString())
-    return [name]
-
-
-def write_openvino(source: Source, folder: Path, precision: str) -> list[str]:
-    """``model.xml`` and ``model.bin``, with the metadata as runtime information."""
-    openvino = importlib.import_module('openvino')
-    path = source.onnx_file('int8' if precision == 'int8' else 'fp32')
-    model = openvino.Core().read_model(str(path))
-    for key, value in flat_metadata(source.meta).items():
-        model.set_rt_info(value, ['emo2_mm', key])
-    stem = 'model' if precision == 'fp32' else f'model-{precision}'
-    openvino.save_model(model, str(folder / f'{stem}.xml'), compress_to_fp16=precision == 'fp16')
-    return [f'{stem}.xml', f'{stem}.bin']
-
-
-def write_torchscript(source: Source, folder: Path, precision: str) -> list[str]:
-    """``model.pt``, traced."""
-    with torch.no_grad():
-        traced = torch.jit.trace(source.network, source.example, check_trace=False)
-    traced = torch.jit.freeze(traced.eval())
-    torch.jit.save(traced, str(folder / 'model.pt'))
-    return ['model.pt']
-
-
 def flat_metadata(meta: dict[str, Any]) -> dict[str, str]:
     """Metadata as texts: a text stays, anything else becomes JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
-
-
-FORMATS: dict[str, Format] = {
-    each.name: each
-    for each in (
-        Format(
-            'onnx',
-            'ONNX Runtime',
-            ('onnx', 'onnxruntime'),
-            'onnx onnxruntime',
-            'onnxruntime',
-            write_onnx,
-            precisions=('fp32', 'fp16', 'int8'),
-            nms=True,
-            dynamic=True,
-            free_batch=True,
-        ),
-        Format(
-            'openvino',
-            'OpenVINO',
-            ('onnx', 'openvino'),
-            'onnx openvino',
-            'openvino',
-            write_openvino,
-            precisions=('fp32', 'fp16', 'int8'),
-            nms=True,
-            dynamic=True,
-            free_batch=True,
-        ),
-        Format(
-            'torchscript',
-            'TorchScript',
-            ('torch',),
-            'torch',
-            'torch',
-            write_torchscript,
-            free_batch=True,
-            limits=('predict.py needs torch', 'NMS in predict.py'),
-        ),
-    )
-}
-
-
-def find_formats(names: list[str]) -> list[Format]:
-    """Formats by name; ``all`` is every one whose packages are installed.
-
-    Raises:
-        UserError: If a name is unknown, or a package is missing.
-    """
-    if names == ['all']:
-        return [each for each in FORMATS.values() if not each.missing()]
-    unknown = [name for name in names if name not in FORMATS]
-    if unknown:
-        raise UserError(f'--format {unknown[0]} is unknown; give one of {", ".join(FORMATS)}, or all')
-    found = [FORMATS[name] for name in dict.fromkeys(names)]
-    for each in found:
-        each.require()
-    return found
