@@ -34,21 +34,29 @@ def _enabled() -> Iterator[None]:
     cpu.enable(True)
 
 
+@pytest.fixture(autouse=True, params=['oneDNN', 'MKL'])
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == 'MKL' and not packed_linear.HAS_MKL:
+        pytest.skip('this torch has no MKL')
+    monkeypatch.setattr(packed_linear, 'USES_MKL', request.param == 'MKL')
+
+
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The packed weights that were used."""
     found, packed_weight = [], PackedLinear.packed_weight
 
-    def spy(self: PackedLinear) -> Tensor | None:
-        found.append(packed_weight(self))
-        return found[-1]
+    def spy(self: PackedLinear, rows: int) -> Any:
+        made = packed_weight(self, rows)
+        found.append(None if made is None else made.packed)
+        return made
 
     monkeypatch.setattr(PackedLinear, 'packed_weight', spy)
     return found
 
 
 class TestLinear:
-    @pytest.mark.parametrize('shape', [(1, 1, 1), (1, 7, 3), (3, 2, 5), (2, 30, 31), (0, 4, 4)], ids=str)
+    @pytest.mark.parametrize('shape', [(1, 1, 1), (1, 7, 3), (3, 2, 5), (2, 30, 31)], ids=str)
     @pytest.mark.parametrize('bias', [True, False])
     @pytest.mark.parametrize('gelu', [True, False])
     @torch.no_grad()
@@ -62,6 +70,20 @@ class TestLinear:
         assert torch.equal(x, before)
         expected = nn.functional.gelu(own(x)) if gelu else own(x)
         torch.testing.assert_close(y, expected, rtol=LIMIT, atol=LIMIT)
+
+    @torch.no_grad()
+    def test_of_nothing(self, packed: list[Tensor]) -> None:
+        assert linear(layer(), torch.randn(0, 4, 4, 11)).shape == (0, 4, 4, 21)
+        assert not packed
+
+    @torch.no_grad()
+    def test_another_number_of_rows(self, packed: list[Tensor]) -> None:
+        own = layer()
+        for shape in ((1, 4, 4, 11), (2, 3, 5, 11), (1, 1, 1, 11), (1, 4, 4, 11)):
+            x = torch.randn(shape)
+            expected = nn.functional.linear(x, own._parameters['weight'], own.bias)
+            torch.testing.assert_close(linear(own, x), expected, rtol=LIMIT, atol=LIMIT)
+        assert all(weight is packed[0] for weight in packed)
 
     @torch.no_grad()
     def test_layout_does_not_matter(self) -> None:
@@ -110,6 +132,7 @@ CHANGES: dict[str, Callable[[nn.Linear, nn.Linear], Any]] = {
     'data': lambda own, other: setattr(own.weight, 'data', other.weight.clone()),
     'in place through data': swap,
     'scaled through data': lambda own, other: own.weight.data.mul_(2),
+    'one element through data': lambda own, other: own.weight.data[3, 5].add_(9),
     'NumPy': lambda own, other: own.weight.numpy().fill(0.5),
     'the same memory in another order': lambda own, other: setattr(
         own, 'weight', nn.Parameter(own.weight.detach().view(11, 21).t())
