@@ -53,18 +53,14 @@ class PackedLinear(nn.Linear):
     replace the whole weight do. Copies and files hold no packed weight.
     """
 
-    _packed: _Packed | None = None
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._packed = None
+        self._packed: _Packed | None = None
 
-    @property
-    def weight(self) -> Any:
-        """The weight. Who reads it may change it untracked, so it is packed again before its next use."""
-        if self._packed is not None:
-            self._packed = None
-        return self.__getattr__('weight')
+    def __getattr__(self, name: str) -> Any:
+        if name == 'weight':  # who reads it may change it untracked
+            self.__dict__['_packed'] = None
+        return super().__getattr__(name)
 
     def packed_weight(self, rows: int) -> _Packed | None:
         """The packed weight, up to date, or None where the plain one has to do.

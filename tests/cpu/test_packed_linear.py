@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.networks import deployed, relative, tiny
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from emo2_mm import cpu
 from emo2_mm.cpu import PackedLinear, packed_linear
@@ -160,6 +161,20 @@ class TestWeights:
         y = linear(own, x)
         assert relative(before, y) > 0.05
         torch.testing.assert_close(y, own(x), rtol=LIMIT, atol=LIMIT)
+
+    @torch.no_grad()
+    def test_of_a_pruned_layer(self) -> None:
+        """Pruning puts a plain attribute in the place of the parameter."""
+        model, x = deployed(), torch.rand(1, 3, 32, 32)
+        before, project = model(x), model.stages[1][1].project
+        prune.l1_unstructured(project, 'weight', amount=0.5)
+        maps = model(x)
+        assert relative(before[1], maps[1]) > 1e-3
+        cpu.enable(False)
+        assert relative(maps[1], model(x)[1]) < 1e-6
+        prune.remove(project, 'weight')
+        cpu.enable(True)
+        assert relative(model(x)[1], maps[1]) < 1e-6
 
     @torch.inference_mode()
     def test_whose_changes_torch_does_not_track(self, packed: list[Tensor]) -> None:
