@@ -1,19 +1,9 @@
 # Mask R-CNN on EMOv2 for your own data; docs/guide/custom_datasets.md has the options:
 #   python tools/train.py configs/det/mask-rcnn_emo2_custom.py --cfg-options data_root=PATH arch=2m
-_base_ = './mask-rcnn_emo2_1m.py'
+_base_ = ['./mask-rcnn_emo2_1m.py', '../_base_/custom_options.py']
 
-# Options. What a None stands for is chosen from the data and the machine, and printed.
 data_format = 'coco'
-data_root = None  # the folder of the data
-val_fraction = None  # share of the images to split off, of data without a validation split
-arch = '1m'  # 1m, 2m, 5m, 20m or 50m
 light_head = None  # fewer channels in neck and head: as a default for 1m and 2m
-image_size = None  # pixels: one number, or height,width
-pretrained = 'imagenet'  # published ImageNet weights; or a file, an address, or none
-max_epochs = None
-batch_size = None  # of each GPU
-lr = None
-tensorboard = False  # log for TensorBoard, too
 
 model = dict(
     backbone=dict(frozen_stages=-1, norm_eval=False)

@@ -1,18 +1,8 @@
 # SegFormer on EMOv2 for your own data; docs/guide/custom_datasets.md has the options:
 #   python tools/train.py configs/seg/segformer_emo2_custom.py --cfg-options data_root=PATH arch=2m
-_base_ = './segformer_emo2_1m.py'
+_base_ = ['./segformer_emo2_1m.py', '../_base_/custom_options.py']
 
-# Options. What a None stands for is chosen from the data and the machine, and printed.
 data_format = 'maps'
-data_root = None  # the folder of the data
-val_fraction = None  # share of the images to split off, of data without a validation split
-arch = '1m'  # 1m, 2m, 5m, 20m or 50m
-image_size = None  # pixels: one number, or height,width
-pretrained = 'imagenet'  # published ImageNet weights; or a file, an address, or none
-max_epochs = None
-batch_size = None  # of each GPU
-lr = None
-tensorboard = False  # log for TensorBoard, too
 
 train_dataloader = dict(
     batch_size=8, drop_last=True, sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True)
