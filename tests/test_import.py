@@ -30,6 +30,29 @@ def test_says_what_to_install_without_mmengine() -> None:
     assert 'During handling' not in done.stderr
 
 
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name == LIBRARY:
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Absent())
+import emo2_mm.MODULE
+"""
+
+
+@pytest.mark.parametrize(
+    ('module', 'library', 'extra'), [('distill', 'mmpretrain', 'cls'), ('ssd', 'mmdet', 'det')]
+)
+def test_says_what_to_install_without_a_library(module: str, library: str, extra: str) -> None:
+    done = python(ABSENT.replace('LIBRARY', repr(library)).replace('MODULE', module))
+    message = f'emo2_mm.{module} needs {library}, which is not installed; install emo2_mm[{extra}]'
+    assert done.stderr.splitlines()[-1] == f'ModuleNotFoundError: {message}'
+    assert 'During handling' not in done.stderr
+
+
 def test_a_broken_mmengine_is_not_called_absent() -> None:
     done = python("import sys; sys.modules['addict'] = None; import emo2_mm")
     assert 'addict' in done.stderr

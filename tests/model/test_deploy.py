@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
+from helpers.checkpoints import assert_equal
 from helpers.networks import TINY, relative, tiny, visible
 from helpers.tiny import DETECTOR, ROOT, write_config
 from mmengine.config import Config
@@ -18,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
 
 from emo2_mm import EMOv2, cpu
-from emo2_mm.fold import fuse_bn_linear, fuse_conv_bn, scale_and_shift
 
 
 def deploy(model: EMOv2) -> EMOv2:
@@ -34,6 +35,16 @@ def assert_same(model: EMOv2, deployed: EMOv2, x: Tensor, limit: float = 1e-5) -
     assert [m.shape for m in ours] == [m.shape for m in theirs]
     for a, b in zip(ours, theirs):
         assert relative(a, b) < limit
+
+
+@contextmanager
+def refused(model: EMOv2, message: str) -> Iterator[None]:
+    """What happens here is an error, and leaves the model as it is: with the same weights, not deployed."""
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        yield
+    assert not model.deployed
+    assert_equal(model.state_dict(), before)
 
 
 class TestOutputs:
@@ -63,19 +74,15 @@ class TestOutputs:
             dict(norm_cfg=dict(type='BN', affine=False)),
             dict(norm_cfg=dict(type='BN', eps=0.1)),
             dict(norm_cfg=dict(type='BN', requires_grad=False)),
+            *(dict(window_size=size) for size in (1, 2, 5, 10)),
         ],
         ids=str,
     )
     def test_arguments(self, kwargs: dict[str, Any]) -> None:
         """In double precision, so that nothing hides behind rounding."""
         model = tiny(**kwargs).double().eval()
-        x = torch.rand(2, kwargs.get('in_channels', 3), 40, 51, dtype=torch.double)
+        x = torch.rand(2, kwargs.get('in_channels', 3), 70, 101, dtype=torch.double)
         assert_same(model, deploy(model), x, 1e-12)
-
-    @pytest.mark.parametrize('window', [1, 2, 5, 10])
-    def test_window_sizes(self, window: int) -> None:
-        model = visible(EMOv2(TINY, window_size=window)).double().eval()
-        assert_same(model, deploy(model), torch.rand(1, 3, 70, 101, dtype=torch.double), 1e-12)
 
     @pytest.mark.parametrize('arch', EMOv2.arch_settings)
     def test_archs(self, arch: str) -> None:
@@ -117,14 +124,15 @@ class TestOutputs:
         for a, b in zip(*found):
             assert relative(a, b) < 1e-12
 
-    def test_within_a_detector(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ('config', 'shape'),
+        [(None, (2, 3, 64, 96)), ('det/retinanet_emo2_5m.py', (1, 3, 256, 320))],
+        ids=['tiny', 'shipped'],
+    )
+    def test_within_a_detector(self, tmp_path: Path, config: str | None, shape: tuple[int, ...]) -> None:
         pytest.importorskip('mmdet')
-        config = Config.fromfile(write_config(tmp_path, DETECTOR))
-        check_detector(config, (2, 3, 64, 96))
-
-    def test_within_a_detector_of_the_configs(self) -> None:
-        pytest.importorskip('mmdet')
-        check_detector(Config.fromfile(ROOT / 'configs/det/retinanet_emo2_5m.py'), (1, 3, 256, 320))
+        path = ROOT / 'configs' / config if config else write_config(tmp_path, DETECTOR)
+        check_detector(Config.fromfile(path), shape)
 
 
 def check_detector(config: Config, shape: tuple[int, ...]) -> None:
@@ -164,8 +172,7 @@ class TestModes:
         state = {name: t.clone() for name, t in model.state_dict().items()}
         maps = model(x)
         assert model.switch_to_deploy() is None
-        assert state.keys() == model.state_dict().keys()
-        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        assert_equal(model.state_dict(), state)
         assert all(torch.equal(a, b) for a, b in zip(model(x), maps))
 
     def test_of_every_module_that_has_it(self) -> None:
@@ -180,12 +187,8 @@ class TestModes:
     @pytest.mark.parametrize('kwargs', [{}, dict(norm_eval=True), dict(frozen_stages=4)], ids=str)
     def test_training_mode_is_refused(self, kwargs: dict[str, Any]) -> None:
         model = tiny(**kwargs).train()
-        before = {name: t.clone() for name, t in model.state_dict().items()}
-        with pytest.raises(RuntimeError, match=r'call eval\(\) first'):
+        with refused(model, r'call eval\(\) first'):
             model.switch_to_deploy()
-        assert not model.deployed
-        assert before.keys() == model.state_dict().keys()
-        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
     def test_it_does_not_train_afterwards(self) -> None:
         model = deploy(tiny(frozen_stages=1, norm_eval=True).eval())
@@ -199,12 +202,8 @@ class TestModes:
 
     def test_norms_without_running_statistics_are_refused(self) -> None:
         model = tiny(norm_cfg=dict(type='BN', track_running_stats=False)).eval()
-        before = {name: t.clone() for name, t in model.state_dict().items()}
-        with pytest.raises(RuntimeError, match='track_running_stats=False'):
+        with refused(model, 'track_running_stats=False'):
             model.switch_to_deploy()
-        assert not model.deployed
-        assert before.keys() == model.state_dict().keys()
-        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
     @torch.no_grad()
     def test_state_dict_of_a_deployed_one_is_loaded(self) -> None:
@@ -229,7 +228,7 @@ class TestModes:
             training.load_state_dict(deployed.state_dict(), strict=strict)
         with pytest.raises(RuntimeError, match='are those of training.*this EMOv2 is deployed'):
             deployed.load_state_dict(training.state_dict(), strict=strict)
-        assert all(torch.equal(t, before[name]) for name, t in training.state_dict().items())
+        assert_equal(training.state_dict(), before)
 
     @pytest.mark.parametrize('kind', ['bare', 'checkpoint'])
     def test_mmengine_does_not_load_the_other_kind(self, kind: str, tmp_path: Path) -> None:
@@ -241,7 +240,7 @@ class TestModes:
             load_checkpoint(nn.ModuleDict(dict(backbone=tiny())), str(file), map_location='cpu')
         model = nn.ModuleDict(dict(backbone=EMOv2(TINY, window_size=3, deploy=True)))
         load_checkpoint(model, str(file), map_location='cpu')
-        assert all(torch.equal(t, state_dict[name]) for name, t in model.state_dict().items())
+        assert_equal(model.state_dict(), state_dict)
 
     def test_pretrained(self, tmp_path: Path) -> None:
         file, source = tmp_path / 'deployed.pth', deploy(tiny().eval())
@@ -249,7 +248,7 @@ class TestModes:
         init_cfg = dict(type='Pretrained', checkpoint=str(file))
         model = EMOv2(TINY, window_size=3, deploy=True, init_cfg=init_cfg)
         model.init_weights()
-        assert all(torch.equal(t, source.state_dict()[name]) for name, t in model.state_dict().items())
+        assert_equal(model.state_dict(), source.state_dict())
         with pytest.raises(ValueError, match='build it with deploy=True'):
             EMOv2(TINY, init_cfg=init_cfg).init_weights()
         torch.save(tiny().state_dict(), file)
@@ -289,12 +288,8 @@ def test_what_cannot_be_folded_is_refused(name: str) -> None:
     """Not dropped silently; and nothing is changed then."""
     model = tiny().eval()
     UNFOLDABLE[name](model)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=f'^{name} (is|has)'):
+    with refused(model, f'^{name} (is|has)'):
         model.switch_to_deploy()
-    assert not model.deployed
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @torch.no_grad()
@@ -309,40 +304,3 @@ def test_what_is_changed_elsewhere_stays() -> None:
     model.stages[3][1].expand.act = nn.SiLU()
     model.stages[1][1].expand.linear.bias = None
     assert_same(model, deploy(model), x, 1e-12)
-
-
-class TestFolding:
-    @staticmethod
-    def norm(**kwargs: Any) -> nn.BatchNorm2d:
-        norm = nn.BatchNorm2d(6, **kwargs)
-        for tensor in norm.state_dict().values():
-            if tensor.is_floating_point():
-                nn.init.uniform_(tensor, 0.5, 1.5)
-        return norm.double().eval()
-
-    @pytest.mark.parametrize('affine', [True, False])
-    def test_scale_and_shift(self, affine: bool) -> None:
-        torch.manual_seed(0)
-        norm, x = self.norm(affine=affine, eps=0.01), torch.randn(2, 6, 3, 3, dtype=torch.double)
-        scale, shift = scale_and_shift(norm)
-        y = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-        torch.testing.assert_close(y, norm(x), rtol=1e-12, atol=1e-12)
-
-    @pytest.mark.parametrize('bias', [True, False])
-    @pytest.mark.parametrize('groups', [1, 6])
-    def test_norm_behind_a_convolution(self, groups: int, bias: bool) -> None:
-        torch.manual_seed(0)
-        conv, norm = nn.Conv2d(6, 6, 3, groups=groups, bias=bias).double(), self.norm()
-        x = torch.randn(2, 6, 5, 5, dtype=torch.double)
-        expected = norm(conv(x))
-        fuse_conv_bn(conv, norm)
-        torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-12)
-
-    @pytest.mark.parametrize('bias', [True, False])
-    def test_norm_in_front_of_a_linear_layer(self, bias: bool) -> None:
-        torch.manual_seed(0)
-        linear, norm = nn.Linear(6, 4, bias).double(), self.norm()
-        x = torch.randn(2, 6, 5, 5, dtype=torch.double)
-        expected = linear(norm(x).permute(0, 2, 3, 1))
-        fuse_bn_linear(norm, linear)
-        torch.testing.assert_close(linear(x.permute(0, 2, 3, 1)), expected, rtol=1e-12, atol=1e-12)
