@@ -9,7 +9,7 @@ from typing import Any, Callable
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import SIDE
+from helpers.tiny import SIDE, edit_json
 from mmengine.registry import DATASETS, METRICS, DefaultScope
 from mmengine.structures import InstanceData
 from PIL import Image
@@ -147,12 +147,6 @@ def file(own: Path) -> Path:
     return own / 'annotations/train.json'
 
 
-def edit_file(file: Path, edit: Callable[[Content], Any]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
-
-
 def read(file: Path, **options: Any) -> tuple[Content, Report]:
     report = Report()
     options = {'masks': True, 'verify': True, 'classes': ('dark', 'light'), **options}
@@ -172,7 +166,7 @@ def objects(content: Content) -> list[tuple]:
 def test_repaired_and_told(file: Path, name: str) -> None:
     plain = objects(read(file)[0])
     edit, code = REPAIRED[name]
-    edit_file(file, edit)
+    edit_json(file, edit)
     content, report = read(file)
     assert (report.of('error'), code in report.of('warning')) == ([], True), report.found
     assert str(file) in report.summary(code) or str(file.parent.parent) in report.summary(code)
@@ -185,7 +179,7 @@ def test_repaired_and_told(file: Path, name: str) -> None:
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_by_file_and_entry(file: Path, name: str) -> None:
     edit, code = REFUSED[name]
-    edit_file(file, edit)
+    edit_json(file, edit)
     _, report = read(file)
     assert code in report.of('error'), report.found
     with pytest.raises(UserError) as caught:
@@ -221,30 +215,30 @@ def test_text_in_no_known_encoding(file: Path) -> None:
 
 
 def test_names_of_classes_that_are_numbers(file: Path) -> None:
-    edit_file(file, each('categories', name=lambda category: category['id']))
+    edit_json(file, each('categories', name=lambda category: category['id']))
     content, report = read(file, classes=None)
     assert [category['name'] for category in content['categories']] == ['1', '2']
     assert list(report.found) == ['COCO028']
 
 
 def test_one_class_and_a_root_of_its_name(file: Path) -> None:
-    edit_file(file, lambda content: content['categories'].pop())
-    edit_file(file, each('annotations', category_id=1))
-    edit_file(file, root('dark'))
+    edit_json(file, lambda content: content['categories'].pop())
+    edit_json(file, each('annotations', category_id=1))
+    edit_json(file, root('dark'))
     content, _ = read(file, classes=None)
     assert [(c['id'], c['name']) for c in content['categories']] == [(1, 'dark')]
 
 
 def test_class_without_boxes_stays(file: Path) -> None:
-    edit_file(file, each('categories', supercategory='none'))
-    edit_file(file, add('categories', id=9, name='cat'))
+    edit_json(file, each('categories', supercategory='none'))
+    edit_json(file, add('categories', id=9, name='cat'))
     content, report = read(file, classes=None)
     assert [category['name'] for category in content['categories']] == ['dark', 'light', 'cat']
     assert report.found['COCO034'] == [f"{file}: 'cat'"]
 
 
 def test_crowds_of_one_class_are_told(file: Path) -> None:
-    edit_file(file, first(iscrowd=1))
+    edit_json(file, first(iscrowd=1))
     content, report = read(file)
     assert report.found['COCO024'] == [f"{file}: 'dark'"]
     assert [annotation['iscrowd'] for annotation in content['annotations']] == [1, 0]
@@ -256,9 +250,9 @@ def test_run_lengths_of_a_wide_image(own: Path, file: Path, swapped: bool) -> No
     image = Image.new('RGB', (2 * SIDE, SIDE))
     for path in (own / 'images/train').iterdir():
         image.save(path)
-    edit_file(file, each('images', width=2 * SIDE))
+    edit_json(file, each('images', width=2 * SIDE))
     encode = run_lengths((SIDE, 2 * SIDE), swapped)
-    edit_file(file, each('annotations', segmentation=encode))
+    edit_json(file, each('annotations', segmentation=encode))
     content, report = read(file)
     assert list(report.found) == ['COCO042'] * swapped
     assert content['annotations'][0]['segmentation']['size'] == [SIDE, 2 * SIDE]
@@ -266,12 +260,12 @@ def test_run_lengths_of_a_wide_image(own: Path, file: Path, swapped: bool) -> No
 
 def test_area_of_a_mask(file: Path) -> None:
     """The half of its box that a triangle fills."""
-    edit_file(file, first(area=None, bbox=[10, 10, 20, 30], segmentation=[[10, 10, 30, 10, 10, 40]]))
+    edit_json(file, first(area=None, bbox=[10, 10, 20, 30], segmentation=[[10, 10, 30, 10, 10, 40]]))
     assert read(file)[0]['annotations'][0]['area'] == 300
-    edit_file(file, first(area=None, bbox=[10, 10, 20, 30], segmentation=None))
+    edit_json(file, first(area=None, bbox=[10, 10, 20, 30], segmentation=None))
     assert read(file, masks=False)[0]['annotations'][0]['area'] == 600
     encode = run_lengths((SIDE, SIDE))
-    edit_file(file, first(area=None, bbox=[10, 10, 20, 30], segmentation=encode(dict(bbox=[10, 10, 5, 4]))))
+    edit_json(file, first(area=None, bbox=[10, 10, 20, 30], segmentation=encode(dict(bbox=[10, 10, 5, 4]))))
     assert read(file)[0]['annotations'][0]['area'] == 20
 
 
@@ -301,7 +295,7 @@ def test_exif_orientation(own: Path, file: Path, listed: Any, codes: list[str]) 
         for image in content['images']:
             image['width'], image['height'] = next(sizes)
 
-    edit_file(file, set_size)
+    edit_json(file, set_size)
     assert sorted(read(file)[1].found) == sorted(codes)
 
 
@@ -312,7 +306,7 @@ def test_turned_by_180_degrees_is_told(own: Path, file: Path) -> None:
 
 def test_swapped_width_and_height(own: Path, file: Path) -> None:
     Image.new('RGB', (80, SIDE)).save(own / 'images/train/0.png')
-    edit_file(file, first('images', width=SIDE, height=80))
+    edit_json(file, first('images', width=SIDE, height=80))
     content, report = read(file)
     assert list(report.found) == ['COCO044']
     assert [content['images'][0][name] for name in ('width', 'height')] == [80, SIDE]
@@ -374,14 +368,14 @@ NOT_ALONE = ('folders of another machine', 'no suffix', 'upper case', 'image twi
 def test_training_and_evaluation_agree(file: Path, name: str) -> None:
     """What is trained is what a perfect detector has to find."""
     plain = trained(file)
-    edit_file(file, REPAIRED[name][0])
+    edit_json(file, REPAIRED[name][0])
     assert trained(file) == plain
     assert score(file, plain)['coco/bbox_mAP'] == 1
 
 
 @pytest.mark.parametrize('name', ['image id twice', 'unknown category', 'three numbers', 'corners'])
 def test_training_and_evaluation_refuse(file: Path, name: str) -> None:
-    edit_file(file, REFUSED[name][0])
+    edit_json(file, REFUSED[name][0])
     for use in (trained, lambda file: score(file, [])):
         with pytest.raises(UserError, match=str(file)):
             use(file)
@@ -397,14 +391,14 @@ def test_labels_follow_the_classes(file: Path, classes: tuple[str, ...]) -> None
 
 
 def test_missing_sizes_are_read(file: Path) -> None:
-    edit_file(file, each('images', width=None, height=None))
+    edit_json(file, each('images', width=None, height=None))
     assert dataset(file).get_data_info(0)['width'] == SIDE
 
 
 def test_stored_orientation_is_loaded(own: Path, file: Path) -> None:
     for path in (own / 'images/train').iterdir():
         tag(path, (80, 64), 6)
-    edit_file(file, each('images', width=80))
+    edit_json(file, each('images', width=80))
     assert dataset(file, verify_images=True)[0]['img'].shape == (64, 80, 3)
     assert dataset(file)[0]['img'].shape == (80, 64, 3)
 
@@ -413,17 +407,17 @@ def test_what_is_dropped_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     said: list[str] = []
     pytest.importorskip('mmdet')
     monkeypatch.setattr('emo2_mm.datasets.coco.print_log', lambda line, _: said.append(line))
-    edit_file(file, first(bbox=[5, 5, 0, 9]))
+    edit_json(file, first(bbox=[5, 5, 0, 9]))
     dataset(file, filter_cfg=dict(filter_empty_gt=True))
-    edit_file(file, lambda content: content['annotations'].pop(0))
+    edit_json(file, lambda content: content['annotations'].pop(0))
     dataset(file, filter_cfg=dict(filter_empty_gt=True))
     assert f'{file}: 1 of 2 boxes (no area, outside, or of no class of the config) are dropped' in said
     assert f'{file}: 1 of 2 images (no boxes, or too small) are dropped' in said
 
 
 def test_no_image_left(file: Path) -> None:
-    edit_file(file, each('annotations', bbox=[5, 5, 0, 9]))
-    edit_file(file, each('images', width=20))
+    edit_json(file, each('annotations', bbox=[5, 5, 0, 9]))
+    edit_json(file, each('images', width=20))
     with pytest.raises(UserError, match='none of its 2 images can be used; 0 of its 2 boxes'):
         dataset(file, filter_cfg=dict(filter_empty_gt=True, min_size=32))
 

@@ -12,7 +12,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pytest
-from helpers.tiny import ROOT, run
+from helpers.tiny import ROOT, edit_json, run
 from PIL import Image, ImageDraw
 
 from emo2_mm.config import load_config
@@ -205,7 +205,7 @@ def test_formats_come_back_as_they_were(tmp_path: Path, kind: str, make: Callabl
             got = found[split][name]
             assert [x[0] for x in got] == [x[0] for x in boxes]
             assert np.allclose([x[1:] for x in got], [x[1:] for x in boxes], atol=0.01)
-    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text())
+    content = train_file(tmp_path)
     assert all(('segmentation' in x) == masks for x in content['annotations'])
     assert before == {path: path.read_bytes() for path in (tmp_path / 'src').rglob('*') if path.is_file()}
 
@@ -262,8 +262,19 @@ def test_colour_of_no_class_is_ignored(tmp_path: Path) -> None:
         assert set(np.unique(found)) == {0, 255}
 
 
-def lines_of(root: Path, **options: Any) -> str:
-    return '\n'.join(convert_dataset(root, root.parent / 'dst', **options)[1])
+def lines_of(root: Path) -> str:
+    """What the report on a conversion to the folder dst beside it says."""
+    return '\n'.join(convert_dataset(root, root.parent / 'dst')[1])
+
+
+def train_file(root: Path) -> dict[str, Any]:
+    return json.loads((root / 'dst/annotations/train.json').read_text(encoding='utf-8'))
+
+
+def boxes_of(root: Path, name: str) -> list[list[float]]:
+    content = train_file(root)
+    number = next(x['id'] for x in content['images'] if x['file_name'] == name)
+    return [x['bbox'] for x in content['annotations'] if x['image_id'] == number]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +295,7 @@ def test_odd_lines_of_yolo(tmp_path: Path, line: str, said: str) -> None:
     write_yolo(tmp_path / 'src')
     write(tmp_path / 'src/train/labels/c.txt', line + '\n')
     assert f'1 x {said}' in lines_of(tmp_path / 'src')
-    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text())
+    content = train_file(tmp_path)
     for left, top, width, height in (x['bbox'] for x in content['annotations']):
         assert 0 <= left < left + width <= WIDTH
         assert 0 <= top < top + height <= HEIGHT
@@ -338,7 +349,7 @@ def test_odd_files_of_voc(tmp_path: Path) -> None:
         'image is missing: left out',
     ):
         assert f'1 x {finding}' in said
-    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text(encoding='utf-8'))
+    content = train_file(tmp_path)
     assert [x['file_name'] for x in content['images']] == ['猫.png', 'c.png']
     assert [x['iscrowd'] for x in content['annotations']] == [1, 0]
     assert content['annotations'][1]['bbox'] == [50, 3, 20, 18]
@@ -349,18 +360,16 @@ def test_encoding_that_is_not_declared(tmp_path: Path) -> None:
     file = tmp_path / 'src/Annotations/a.xml'
     file.write_bytes(file.read_text().replace('cat', '猫咪').encode('gbk'))
     assert '1 x file is not in UTF-8: read as gb18030' in lines_of(tmp_path / 'src')
-    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text(encoding='utf-8'))
+    content = train_file(tmp_path)
     assert [x['name'] for x in content['categories']] == ['cat', 'dog', '猫咪']
 
 
 def test_shapes_of_labelme(tmp_path: Path) -> None:
     write_labelme(tmp_path / 'src')
-    file = tmp_path / 'src/train/c.json'
-    content = json.loads(file.read_text())
     points = [[10, 10], [30, 40]]
     mask = io.BytesIO()
     Image.fromarray(np.ones((10, 20), np.uint8)).save(mask, 'PNG')
-    content['shapes'] = [
+    shapes = [
         dict(label='cat', points=points, shape_type='rectangle'),
         dict(label='cat', points=[[40, 30], [50, 30]], shape_type='circle'),
         dict(label='cat', points=points, shape_type='linestrip'),
@@ -373,24 +382,19 @@ def test_shapes_of_labelme(tmp_path: Path) -> None:
             mask=base64.b64encode(mask.getvalue()).decode(),
         ),
     ]
-    content['imagePath'] = r'C:\photos\c.png'
-    file.write_text(json.dumps(content), encoding='utf-16')
+    new = dict(shapes=shapes, imagePath=r'C:\photos\c.png')
+    edit_json(tmp_path / 'src/train/c.json', lambda content: content.update(new), encoding='utf-16')
     said = lines_of(tmp_path / 'src')
     assert '1 x circle is taken as a polygon of 36 points' in said
     assert '1 x shape is a linestrip: left out' in said
     assert '1 x outlines of one group_id are one object' in said
-    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text())
-    number = next(x['id'] for x in content['images'] if x['file_name'] == 'c.png')
-    boxes = [x['bbox'] for x in content['annotations'] if x['image_id'] == number]
-    assert boxes == [[10, 10, 20, 30], [30, 20, 20, 20], [0, 0, 25, 25], [5, 6, 20, 10]]
+    assert boxes_of(tmp_path, 'c.png') == [[10, 10, 20, 30], [30, 20, 20, 20], [0, 0, 25, 25], [5, 6, 20, 10]]
 
 
 def test_image_in_a_labelme_file(tmp_path: Path) -> None:
     write_labelme(tmp_path / 'src')
-    file = tmp_path / 'src/train/a.json'
-    content = json.loads(file.read_text())
-    content['imageData'] = base64.b64encode((tmp_path / 'src/train/a.png').read_bytes()).decode()
-    file.write_text(json.dumps(content))
+    data = base64.b64encode((tmp_path / 'src/train/a.png').read_bytes()).decode()
+    edit_json(tmp_path / 'src/train/a.json', lambda content: content.update(imageData=data))
     (tmp_path / 'src/train/a.png').unlink()
     assert '1 x image is missing: taken from the annotation file' in lines_of(tmp_path / 'src')
     with Image.open(tmp_path / 'dst/images/train/a.png') as found:
@@ -416,10 +420,7 @@ def test_shapes_of_cvat(tmp_path: Path) -> None:
         'label has no object: no class (such as unused)',
     ):
         assert f'1 x {finding}' in said
-    content = json.loads((tmp_path / 'dst/annotations/train.json').read_text())
-    number = next(x['id'] for x in content['images'] if x['file_name'] == 'c.png')
-    boxes = [x['bbox'] for x in content['annotations'] if x['image_id'] == number]
-    assert np.allclose(boxes, [[15, 5, 10, 20], [3, 4, 3, 2]])
+    assert np.allclose(boxes_of(tmp_path, 'c.png'), [[15, 5, 10, 20], [3, 4, 3, 2]])
 
 
 def test_tracks_of_cvat_are_refused(tmp_path: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import ROOT, write_data
+from helpers.tiny import ROOT, write_custom_data
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
@@ -23,41 +21,22 @@ CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('config
 RETINANET, SSDLITE, MASK_RCNN = (
     f'configs/det/{x}_emo2_custom.py' for x in ('retinanet', 'ssdlite', 'mask-rcnn')
 )
-SEGFORMER, PSPNET = 'configs/seg/segformer_emo2_custom.py', 'configs/seg/pspnet_emo2_custom.py'
+SEGFORMER = 'configs/seg/segformer_emo2_custom.py'
 CLASSIFIER = 'configs/cls/emo2_custom.py'
 SIZES = {'det': '96,128', 'seg': '64', 'cls': '64'}
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that each custom config can read: eight images, the last two for validation."""
-    root = tmp_path_factory.mktemp('own')
-    write_data(root / 'raw', images=8)
-    coco = json.loads((root / 'raw/coco/boxes.json').read_text())
-    (root / 'annotations').mkdir()
-    for split, numbers in (('train', range(6)), ('val', (6, 7))):
-        for i in numbers:
-            kind = ('dark', 'light')[i % 2]
-            for source, target in (
-                (f'coco/images/{i}.png', f'images/{split}'),
-                (f'labels/{i}.png', f'masks/{split}'),
-                (f'coco/images/{i}.png', f'{split}/{kind}'),
-            ):
-                (root / target).mkdir(parents=True, exist_ok=True)
-                shutil.copy(root / 'raw' / source, root / target)
-        own = {
-            'images': [x for x in coco['images'] if x['id'] in numbers],
-            'annotations': [dict(x, id=x['id'] + 1) for x in coco['annotations'] if x['image_id'] in numbers],
-            'categories': coco['categories'],
-        }
-        (root / f'annotations/{split}.json').write_text(json.dumps(own))
-    (root / 'classes.txt').write_text('ground\nbox\n')
-    shutil.rmtree(root / 'raw')
+    """Data that each custom config can read: eight images, the last two for validation."""
+    root = tmp_path_factory.mktemp('data') / 'own'
+    write_custom_data(root, train=range(6), val=(6, 7))
     return root
 
 
 def complete(name: str, data: Path, *given: str, work_dir: Path | None = None) -> Config:
-    cfg = load_config(ROOT / name, [f'data_root={data}', *given], work_dir and str(work_dir))
+    root = data / 'classes' if name == CLASSIFIER else data
+    cfg = load_config(ROOT / name, [f'data_root={root}', *given], work_dir and str(work_dir))
     pytest.importorskip(cfg.default_scope)
     apply_custom_dataset(cfg)
     return cfg

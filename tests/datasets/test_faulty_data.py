@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, edit_json, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, DefaultScope
@@ -82,11 +81,13 @@ def test_file_is_named(data: Path, text: str, file: str, spoil: Callable[[Path],
 @pytest.mark.parametrize('wrong', ['mask', 'file'])
 def test_mask_of_another_size(data: Path, wrong: str) -> None:
     """As many pixels: MMDetection would learn a garbled mask."""
-    file = json.loads((data / 'coco/boxes.json').read_text())
-    file['annotations'][0]['segmentation'] = dict(size=[32, 128], counts=[100, 200, 3796])
-    if wrong == 'file':  # which says of the image what the mask says
-        file['images'][0].update(height=32, width=128)
-    (data / 'coco/boxes.json').write_text(json.dumps(file))
+
+    def spoil(file: dict) -> None:
+        file['annotations'][0]['segmentation'] = dict(size=[32, 128], counts=[100, 200, 3796])
+        if wrong == 'file':  # which says of the image what the mask says
+            file['images'][0].update(height=32, width=128)
+
+    edit_json(data / 'coco/boxes.json', spoil)
     message = r'a mask is 32 x 128 pixels, its image 64 x 64 \(height x' if wrong == 'file' else 'COCO013'
     with pytest.raises((FaultyData, UserError), match=message):
         build(data, MASKED)[0]
@@ -173,14 +174,15 @@ def test_evaluation_stops(data: Path, options: list[str]) -> None:
 def test_what_is_dropped_is_counted(data: Path) -> None:
     pytest.importorskip('mmdet')
     path = data / 'coco/boxes.json'
-    file = json.loads(path.read_text())
-    file['annotations'][0].update(bbox=[10, 10, 0, 20])  # no area
-    file['annotations'][1].update(bbox=[SIDE + 5, 3, 20, 20])  # outside
-    path.write_text(json.dumps(file))
+
+    def spoil(file: dict) -> None:
+        file['annotations'].pop()  # an image without boxes
+        file['annotations'][0].update(bbox=[10, 10, 0, 20])  # no area
+        file['annotations'][1].update(bbox=[SIDE + 5, 3, 20, 20])  # outside
+
+    edit_json(path, spoil)
     text = DETECTOR.replace('train_dataloader = loader(', 'train_dataloader = loader(filter_cfg=FILTER, ')
     text = text.replace('FILTER', 'dict(filter_empty_gt=True)')
-    file['annotations'] = [a for a in file['annotations'] if a['image_id'] != 3]  # an image without boxes
-    path.write_text(json.dumps(file))
     result = run(data, 'train.py', write_config(data, text))
     assert result.returncode == 0, result.stderr[-4000:]
     said = re.findall(r'(\d of \d \w+) \(.*are dropped', result.stdout)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import pytest
@@ -187,6 +188,38 @@ def write_data(folder: Path, images: int = 4) -> None:
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
         coco['annotations'][-1].update(area=w * h, iscrowd=0, segmentation=[outline])
     (folder / 'coco/boxes.json').write_text(json.dumps(coco))
+
+
+def write_custom_data(root: Path, **splits: Sequence[int]) -> None:
+    """The tiny data as custom configs read them: the numbers of the images of each split.
+
+    There are boxes, maps with their ``classes.txt``, and folders of classes in ``classes``.
+    """
+    raw = root.with_name('raw')
+    write_data(raw, sum(map(len, splits.values())))
+    coco = json.loads((raw / 'coco/boxes.json').read_text())
+    for split, numbers in splits.items():
+        for i in numbers:
+            for source, target in (
+                (f'coco/images/{i}.png', f'images/{split}'),
+                (f'labels/{i}.png', f'masks/{split}'),
+                (f'coco/images/{i}.png', f'classes/{split}/{("dark", "light")[i % 2]}'),
+            ):
+                (root / target).mkdir(parents=True, exist_ok=True)
+                shutil.copy(raw / source, root / target)
+        images = [x for x in coco['images'] if x['id'] in numbers]
+        annotations = [x for x in coco['annotations'] if x['image_id'] in numbers]
+        (root / 'annotations').mkdir(exist_ok=True)
+        file = root / f'annotations/{split}.json'
+        file.write_text(json.dumps(dict(coco, images=images, annotations=annotations)))
+    (root / 'classes.txt').write_text('ground\nbox\n')
+
+
+def edit_json(file: Path, edit: Callable[[Any], Any], encoding: str = 'utf-8') -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(file.read_text(encoding='utf-8-sig'))
+    edit(content)
+    file.write_text(json.dumps(content), encoding=encoding)
 
 
 def write_config(folder: Path, text: str, name: str = 'tiny.py') -> Path:
