@@ -7,6 +7,13 @@ import argparse
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser that prints a description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``; :func:`emo2_mm.engine.config.parse_options` reads its values."""
     parser.add_argument(

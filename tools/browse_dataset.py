@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from _arguments import add_config_options
+from _arguments import add_config_options, new_parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('config', metavar='CONFIG', help='config file')
     parser.add_argument('--split', choices=('train', 'val', 'test'), default='train')
     parser.add_argument('--out', type=Path, default='browse', help='folder (default: %(default)s)')

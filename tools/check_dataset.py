@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from _arguments import add_config_options
+from _arguments import add_config_options, new_parser
 
 
 def parse_args() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('config', metavar='CONFIG', help='config file')
     parser.add_argument(
         '--split',

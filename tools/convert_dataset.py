@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from _arguments import new_parser
+
 FORMATS = ('coco', 'yolo', 'voc', 'labelme', 'cvat', 'masks', 'folders')
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('source', metavar='SRC', type=Path, help='folder of the dataset')
     parser.add_argument('target', metavar='DST', type=Path, help='new folder')
     parser.add_argument('--format', choices=FORMATS, help='format of SRC (default: recognised)')

@@ -25,11 +25,11 @@ import sys
 import warnings
 from pathlib import Path
 
+from _arguments import new_parser
+
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('config', help='config of MMDetection, MMSegmentation or MMPretrain')
     parser.add_argument('checkpoint', help='checkpoint of it; read without running code in it')
     parser.add_argument('images', metavar='IMAGE_OR_FOLDER', type=Path)

@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from _arguments import new_parser
+
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='work folder or scalars.json')
     parser.add_argument('--keys', metavar='KEY', nargs='+', help='what to draw, such as loss coco/bbox_mAP')
     parser.add_argument('--out', type=Path, default='curves.png', help='picture (default: %(default)s)')

@@ -23,11 +23,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from _arguments import new_parser
+
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('in_file', metavar='IN_FILE', type=Path, help='checkpoint of a training run')
     parser.add_argument('out_file', metavar='OUT_FILE', type=Path, help='file to write')
     parser.add_argument('--deploy', action='store_true', help='fold batch norms into the weights')

@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from _arguments import new_parser
+
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument('config', help='config of a classifier, detector or segmentor on EMOv2')
     parser.add_argument('checkpoint', help='its checkpoint, or published weights of the backbone')
     parser.add_argument('image', help='image file')

@@ -15,6 +15,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from ..config import innermost_dataset
+
 EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg'}
 
 
@@ -51,7 +53,8 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         height, width = preprocessor['size']
         return height, width
     shape = None
-    for transform in test_pipeline(cfg):
+    dataset = innermost_dataset(cfg.get('test_dataloader', {}).get('dataset', {}))
+    for transform in dataset.get('pipeline', []):
         kind = str(transform['type']).split('.')[-1]  # it may carry a scope
         if kind == 'CenterCrop':
             shape = height_width(transform['crop_size'])
@@ -64,13 +67,6 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         raise ValueError('its test pipeline fixes no image size; give one with --shape H W')
     multiple = preprocessor.get('pad_size_divisor', 1)
     return ceil(shape[0] / multiple) * multiple, ceil(shape[1] / multiple) * multiple
-
-
-def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
-    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
-    while 'dataset' in dataset:  # wrapped, as by RepeatDataset
-        dataset = dataset['dataset']
-    return dataset.get('pipeline', [])
 
 
 def height_width(size: Any) -> tuple[int, int]:

@@ -125,9 +125,7 @@ class Collected:
         truth, found = _objects(sample.gt_instances), _objects(sample.pred_instances)
         ignored = _objects(sample.ignored_instances) if 'ignored_instances' in sample else None
         order = np.argsort(-found['scores'])
-        found = {
-            key: [value[i] for i in order] if key == 'masks' else value[order] for key, value in found.items()
-        }
+        found = _select(found, order)
         overlaps = _ious(found['boxes'], truth['boxes'])
         passed = np.zeros(len(order), bool)
         if ignored is not None and len(ignored['boxes']):
@@ -152,10 +150,7 @@ class Collected:
         hits = sum(a == b for a, b in pairs)
         quality = hits / max(1, len(pairs)) if pairs else 1.0
         kept = np.flatnonzero(sure)[:50]
-        shown = {
-            key: [value[i] for i in kept] if key == 'masks' else value[kept] for key, value in found.items()
-        }
-        return Result(sample.img_path, quality, truth, shown)
+        return Result(sample.img_path, quality, truth, _select(found, kept))
 
     def _add_map(self, sample: Any) -> Result:
         truth = sample.gt_sem_seg.data.squeeze(0).cpu().numpy()
@@ -287,6 +282,11 @@ def _objects(instances: Any) -> dict[str, Any]:
         masks = masks.cpu().numpy() if hasattr(masks, 'cpu') else masks.to_ndarray()
         found['masks'] = [_encode(mask) for mask in masks]
     return found
+
+
+def _select(found: dict[str, Any], chosen: np.ndarray) -> dict[str, Any]:
+    """Those of the objects that are chosen, in this order."""
+    return {key: [v[i] for i in chosen] if key == 'masks' else v[chosen] for key, v in found.items()}
 
 
 def _encode(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
