@@ -62,26 +62,7 @@ class TestPlainNetwork:
 
 
 class TestParity:
-    """In double precision, where nothing but another formula can make a difference."""
-
-    @pytest.mark.parametrize('window', [1, 3, 7, 8, 10])
-    @pytest.mark.parametrize('size', [(1, 1), (33, 70), (97, 64), (224, 160)])
-    def test_maps_of_any_size_and_window(self, size: tuple[int, int], window: int) -> None:
-        plain, emo2 = pair(window=window, final_norm=True)
-        x = torch.randn(2, 3, *size, dtype=torch.float64)
-        with torch.no_grad():
-            assert_close(emo2.eval()(x), plain.eval()(x))
-            emo2.switch_to_deploy()
-            assert_close(emo2(x), plain(x))
-
-    @pytest.mark.parametrize('arch', ['1m', '2m', '5m', '20m', '50m'])
-    def test_maps_of_any_arch(self, arch: str) -> None:
-        plain, emo2 = pair(dict(EMOv2.arch_settings[arch], depths=(1, 2, 2, 2)), 7)  # blocks repeat
-        x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
-        with torch.no_grad():
-            assert_close(emo2.eval()(x), plain.eval()(x))
-            emo2.switch_to_deploy()
-            assert_close(emo2(x), plain(x))
+    """In double precision, where nothing but another formula can differ; maps are in test_fuzz.py."""
 
     @pytest.mark.parametrize('training', [True, False])
     @pytest.mark.parametrize('window', [3, 4])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -168,23 +167,3 @@ def test_evaluation_stops(data: Path, options: list[str]) -> None:
     result = run(data, 'test.py', config, data / 'work_dirs/tiny/epoch_1.pth', *options)
     assert result.returncode == 1
     assert f'FaultyData: {data}/folders/dark/0.png: LoadImageFromFile: error: OpenCV' in result.stderr
-
-
-@pytest.mark.slow
-def test_what_is_dropped_is_counted(data: Path) -> None:
-    pytest.importorskip('mmdet')
-    path = data / 'coco/boxes.json'
-
-    def spoil(file: dict) -> None:
-        file['annotations'].pop()  # an image without boxes
-        file['annotations'][0].update(bbox=[10, 10, 0, 20])  # no area
-        file['annotations'][1].update(bbox=[SIDE + 5, 3, 20, 20])  # outside
-
-    edit_json(path, spoil)
-    text = DETECTOR.replace('train_dataloader = loader(', 'train_dataloader = loader(filter_cfg=FILTER, ')
-    text = text.replace('FILTER', 'dict(filter_empty_gt=True)')
-    result = run(data, 'train.py', write_config(data, text))
-    assert result.returncode == 0, result.stderr[-4000:]
-    said = re.findall(r'(\d of \d \w+) \(.*are dropped', result.stdout)
-    assert said == ['2 of 3 boxes', '1 of 4 images', '2 of 3 boxes']  # in training, in validation
-    assert str(path) in result.stdout

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import CLASSIFIER, DETECTOR, call_tool, write_config, write_data
+from helpers.tiny import CLASSIFIER, DETECTOR, write_config, write_data
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from emo2_mm.config import load_config, parse_options, parse_value
 from emo2_mm.engine import training
 from emo2_mm.engine.preflight import check_pretrained, check_save_best
-from emo2_mm.engine.runner import build_runner
 from emo2_mm.errors import UserError
 
 SCHEDULE = """
@@ -31,36 +29,22 @@ default_hooks['checkpoint'] = dict(type='CheckpointHook', interval=1)
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def train(tmp_path: Path, call: Any) -> Any:
     """Train a tiny classifier in the test's folder; return the learning rate of each step."""
     pytest.importorskip('mmpretrain')
     write_data(tmp_path, images=8)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
-    for module in ('runner', 'training'):
-        monkeypatch.setattr(f'emo2_mm.engine.{module}.get_device', lambda: 'cpu')
-    runners: list[Runner] = []
-
-    def build(cfg: Config) -> Runner:
-        cfg.experiment_name = f'{tmp_path}-{len(runners)}'  # MMEngine keeps loggers by name
-        runners.append(build_runner(cfg))
-        return runners[-1]
-
-    monkeypatch.setattr(training, 'build_runner', build)
 
     def run(epochs: int, *arguments: str, work: str = 'work', more: str = '') -> list[float]:
         text = CLASSIFIER + SCHEDULE.replace('EPOCHS', str(epochs)) + more
-        config = write_config(tmp_path, text)
-        call_tool('train.py', config, '--work-dir', work, *arguments)
-        log = Path(runners[-1].log_dir, 'vis_data/scalars.json')  # none without a step
+        run.runner = call('train.py', write_config(tmp_path, text), '--work-dir', work, *arguments)
+        log = Path(run.runner.log_dir, 'vis_data/scalars.json')  # none without a step
         return [json.loads(line)['lr'] for line in log.read_text().splitlines()] if log.exists() else []
 
-    run.runners = runners
     return run
 
 
 def said(train: Any) -> str:
-    logs = Path(train.runners[-1].log_dir).glob('*.log')  # runs of one second share the folder
+    logs = Path(train.runner.log_dir).glob('*.log')  # runs of one second share the folder
     return '\n'.join(log.read_text() for log in logs)
 
 
@@ -73,10 +57,10 @@ def test_resumed_rates_are_those_of_a_run_planned_so(train: Any, options: list, 
     train(2)
     given = ['--cfg-options', *options] if options else []
     resumed = train(4, '--resume', *given)
+    assert train.runner.iter == 4 * per_epoch
     fresh = train(4, *given, work='fresh')
     assert len(fresh) == 4 * per_epoch
     assert resumed == pytest.approx(fresh[2 * per_epoch :])
-    assert train.runners[1].iter == 4 * per_epoch
 
 
 def test_same_plan_is_resumed_as_it_is(train: Any) -> None:
@@ -91,7 +75,7 @@ def test_same_plan_is_resumed_as_it_is(train: Any) -> None:
 def test_what_changes_is_told(train: Any) -> None:
     train(2)
     train(4, '--resume', '--cfg-options', 'optim_wrapper.optimizer.weight_decay=0.3')
-    assert train.runners[-1].optim_wrapper.param_groups[0]['weight_decay'] == 0.3
+    assert train.runner.optim_wrapper.param_groups[0]['weight_decay'] == 0.3
     log = said(train)
     assert '--resume: the checkpoint has another schedule' in log
     assert 'weight_decay 0.01 -> 0.3' in log
