@@ -8,7 +8,7 @@ import model_zoo
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import ROOT, call_tool, run
+from helpers.tiny import ROOT, SEGMENTOR, SIDE, call_tool, run, write_config
 from mmengine.config import Config
 from torch import nn
 
@@ -42,17 +42,6 @@ def main(capsys):
 
 def config_file(name):
     return str(ROOT / 'configs' / f'{name}.py')
-
-
-def written(folder, **cfg):
-    """Write a config and return its path."""
-    path = folder / 'config.py'
-    Config(cfg).dump(path)
-    return str(path)
-
-
-def emo2(**kwargs):
-    return dict(type='emo2_mm.EMOv2', arch='1m', window_size=10, **kwargs)
 
 
 @pytest.mark.parametrize('arch', CLASSIFIERS)
@@ -258,33 +247,18 @@ def test_the_default_shape_is_that_of_the_published_tables(preprocessor, pipelin
 
 def test_auxiliary_heads_count_in_training_only(tmp_path):
     pytest.importorskip('mmseg')
-
-    def head(channels, index):
-        return dict(
-            type='FCNHead',
-            in_channels=channels,
-            in_index=index,
-            channels=16,
-            num_convs=1,
-            concat_input=False,
-            num_classes=5,
-            norm_cfg=dict(type='SyncBN'),
-        )
-
-    def count(kind, **heads):
-        backbone = emo2(norm_cfg=dict(type='SyncBN'))
-        preprocessor = dict(type='SegDataPreProcessor', size=(64, 96))
-        model = dict(type=kind, data_preprocessor=preprocessor, backbone=backbone, **heads)
-        return complexity.count(written(tmp_path, default_scope='mmseg', model=model))
-
-    decode, auxiliary = head(180, 3), head(80, 2)
-    alone = count('EncoderDecoder', decode_head=decode)
-    both = count('EncoderDecoder', decode_head=decode, auxiliary_head=auxiliary)
-    assert both['shape'] == [64, 96]
+    path = write_config(tmp_path, SEGMENTOR)
+    alone = complexity.count(str(path))
+    cfg = Config.fromfile(path)
+    cfg.model.auxiliary_head = dict(cfg.model.decode_head, in_channels=16, in_index=2, channels=12)
+    cfg.dump(path)
+    both = complexity.count(str(path))
+    assert both['shape'] == [SIDE, SIDE]
     assert both['flops'] == alone['flops']
     assert both['params_inference'] == alone['params_inference'] == alone['params']
-    # a convolution, its norm and the classes
-    assert both['params'] - alone['params'] == 80 * 9 * 16 + 2 * 16 + 16 * 5 + 5
+    # a convolution, its norm, another one over its output and the input, its norm, and the classes
+    convolutions = 9 * 16 * 12 + 9 * (16 + 12) * 12
+    assert both['params'] - alone['params'] == convolutions + 2 * 2 * 12 + 12 * 2 + 2
     assert 'without auxiliary heads' in complexity.table(both)
     assert 'without auxiliary heads' not in complexity.table(alone)
 
@@ -293,39 +267,19 @@ def test_two_stages_count_the_configured_proposals(tmp_path):
     pytest.importorskip('mmdet')
 
     def count(proposals):
-        model = dict(
-            type='FasterRCNN',
-            backbone=emo2(),
-            neck=dict(type='FPN', in_channels=[32, 48, 80, 180], out_channels=16, num_outs=5),
-            rpn_head=dict(
-                type='RPNHead',
-                in_channels=16,
-                feat_channels=16,
-                anchor_generator=dict(
-                    type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64]
-                ),
-            ),
-            roi_head=dict(
-                type='StandardRoIHead',
-                bbox_roi_extractor=dict(
-                    type='SingleRoIExtractor',
-                    roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
-                    out_channels=16,
-                    featmap_strides=[4, 8, 16, 32],
-                ),
-                bbox_head=dict(type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, num_classes=3),
-            ),
-            train_cfg=None,
-            test_cfg=dict(rpn=dict(max_per_img=proposals), rcnn=dict()),
-        )
-        return complexity.count(written(tmp_path, default_scope='mmdet', model=model), [64, 128])
+        cfg = Config.fromfile(config_file('det/mask-rcnn_emo2_1m'))
+        cfg.model.test_cfg.rpn.max_per_img = proposals
+        for part in ('mask_head', 'mask_roi_extractor'):  # their number follows from scores
+            del cfg.model.roi_head[part]
+        cfg.dump(tmp_path / 'config.py')
+        return complexity.count(str(tmp_path / 'config.py'), [64, 128])
 
     few, many = count(10), count(300)
-    assert few['parts']['roi_head'][1] == 10 * (16 * 49 * 32 + 32 * 32 + 32 * (4 + 3 * 4))
-    assert many['parts']['roi_head'][1] == 30 * few['parts']['roi_head'][1]
+    layers = 256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 4 * 80)
+    assert [sizes['parts']['roi_head'][1] for sizes in (few, many)] == [10 * layers, 300 * layers]
     cells = sum(-(-64 // s) * -(-128 // s) for s in (4, 8, 16, 32, 64))
-    assert many['parts']['rpn_head'][1] == cells * (9 * 16 * 16 + 16 * (1 + 4))
-    assert many['flops'] - few['flops'] == 29 * few['parts']['roi_head'][1]
+    assert many['parts']['rpn_head'][1] == cells * (9 * 256 * 256 + 256 * 3 * (1 + 4))
+    assert many['flops'] - few['flops'] == 290 * layers
 
 
 def test_distilled_classifier_counts_its_student(tmp_path):
