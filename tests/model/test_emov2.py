@@ -41,41 +41,6 @@ def compiled(model: EMOv2, backend: str | None) -> Callable[[Tensor], tuple[Tens
     return torch.compile(model, backend=backend, fullgraph=True) if backend else model
 
 
-def check_outputs(case: dict[str, Any], path: str, backend: str | None = None) -> None:
-    model, weights = golden_model(case)
-    x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
-    with torch.no_grad():
-        stem = model.stem(x)
-        if 'deployed' in path:
-            model.switch_to_deploy()
-        logits = logits_of(compiled(model, backend), weights, x)
-        model.norm = None  # recorded without it
-        torch._dynamo.reset()  # torch 2.1 does not notice
-        maps = (stem, *compiled(model, backend)(x))
-    assert relative_error(logits, case['logits']) < 1e-5
-    for i, record in enumerate(case.get('features', {}).values()):
-        assert relative_error(maps[i], record) < 1e-5
-
-
-def check_gradients(case: dict[str, Any], path: str, backend: str | None = None) -> None:
-    model, weights = golden_model(case)
-    if 'deployed' in path:
-        model.switch_to_deploy()
-    weights['head.fc.bias'].requires_grad_()
-    x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
-    logits = logits_of(compiled(model, backend), weights, x)
-    assert relative_error(logits, case['logits']) < 1e-5
-    logits.backward(normal(logits.shape, case['seed'] + 2))
-    assert relative_error(x.grad, case['input_grad']) < 1e-4
-    if 'deployed' in path:
-        return  # its parameters are others, and fixed
-    own = dict(model.named_parameters(), **{'head.fc.bias': weights['head.fc.bias']})
-    for published, record in case['param_grad'].items():
-        (name,) = find_state_dict({published: torch.zeros(1)})
-        assert relative_error(own[name].grad.reshape(record['shape']), record) < 1e-4
-
-
-SMALLEST = min(CASES, key=lambda case: case['size'])
 TRAINED = [case for case in CASES if 'param_grad' in case]
 FREEZABLE = ['norm', 'depthwise.', 'depthwise', 'project', 'linear', 'qk', 'v.', 'bias', 'layer_scale']
 FREEZABLE += ['stem', 'stages']
@@ -91,11 +56,36 @@ class TestGolden:
 
     @pytest.mark.parametrize('case', CASES, ids=name_of)
     def test_outputs(self, case: dict[str, Any], path: str) -> None:
-        check_outputs(case, path)
+        model, weights = golden_model(case)
+        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1)
+        with torch.no_grad():
+            stem = model.stem(x)
+            if 'deployed' in path:
+                model.switch_to_deploy()
+            logits = logits_of(model, weights, x)
+            model.norm = None  # recorded without it
+            maps = (stem, *model(x))
+        assert relative_error(logits, case['logits']) < 1e-5
+        for i, record in enumerate(case.get('features', {}).values()):
+            assert relative_error(maps[i], record) < 1e-5
 
     @pytest.mark.parametrize('case', TRAINED, ids=name_of)
     def test_gradients(self, case: dict[str, Any], path: str) -> None:
-        check_gradients(case, path)
+        model, weights = golden_model(case)
+        if 'deployed' in path:
+            model.switch_to_deploy()
+        weights['head.fc.bias'].requires_grad_()
+        x = normal((case['batch'], 3, *case['size']), case['seed'] + 1).requires_grad_()
+        logits = logits_of(model, weights, x)
+        assert relative_error(logits, case['logits']) < 1e-5
+        logits.backward(normal(logits.shape, case['seed'] + 2))
+        assert relative_error(x.grad, case['input_grad']) < 1e-4
+        if 'deployed' in path:
+            return  # its parameters are others, and fixed
+        own = dict(model.named_parameters(), **{'head.fc.bias': weights['head.fc.bias']})
+        for published, record in case['param_grad'].items():
+            (name,) = find_state_dict({published: torch.zeros(1)})
+            assert relative_error(own[name].grad.reshape(record['shape']), record) < 1e-4
 
 
 @pytest.mark.parametrize('path', ['eager', 'deployed'])
@@ -126,10 +116,6 @@ class TestCompiled:
             found = exported.module()(x) if hasattr(exported, 'module') else exported(x)
         for a, b in zip(found, expected):
             assert relative(a, b) < 1e-5
-
-    @pytest.mark.slow
-    def test_golden(self, path: str) -> None:
-        check_outputs(SMALLEST, path, 'eager')
 
 
 @pytest.mark.slow
@@ -197,15 +183,6 @@ class TestFastPath:
 
 
 class TestForward:
-    @pytest.mark.parametrize('size', [(1, 1), (7, 64), (33, 70), (200, 96), (64, 64), (1031, 1500)])
-    def test_any_size(self, size: tuple[int, int]) -> None:
-        maps = tiny().eval()(torch.rand(1, 3, *size))
-        assert isinstance(maps, tuple)
-        strides = (4, 8, 16, 32)
-        expected = [(1, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(TINY['channels'], strides)]
-        assert [tuple(m.shape) for m in maps] == expected
-        assert all(m.isfinite().all() for m in maps)
-
     @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
     def test_memory_layout_of_the_input_changes_nothing(self, layout: torch.memory_format) -> None:
         model, x = tiny().eval(), torch.rand(2, 3, 40, 56)
@@ -217,12 +194,6 @@ class TestForward:
         for i in range(3):
             for whole, single in zip(model(x), model(x[i : i + 1])):
                 torch.testing.assert_close(whole[i], single[0], rtol=1e-4, atol=1e-5)
-
-    def test_window_size_does_not_touch_weights(self) -> None:
-        a, b = EMOv2(TINY, window_size=3), EMOv2(TINY, window_size=5)
-        assert {k: v.shape for k, v in a.state_dict().items()} == {
-            k: v.shape for k, v in b.state_dict().items()
-        }
 
     def test_drop_path_drops_whole_samples_in_training_only(self) -> None:
         model = tiny(drop_path_rate=0.9)
@@ -318,9 +289,6 @@ class TestArguments:
         EMOv2(arch, out_indices=indices)
         assert indices == [1, 3]
         assert arch == dict(TINY, depths=[1, 1, 1, 1])
-
-    def test_in_channels(self) -> None:
-        assert tiny(in_channels=1)(torch.rand(2, 1, 32, 32))[0].shape == (2, 8, 8, 8)
 
     def test_final_norm_normalises_the_last_map_only(self) -> None:
         x = torch.rand(2, 3, 64, 64)
