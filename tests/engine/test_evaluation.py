@@ -136,7 +136,7 @@ class Views(Hook):
         ('seg/fpn_emo2_1m.py', [32, 48, 64, 80, 96, 112]),  # 0.5 to 1.75 times 64
     ],
 )
-def test_predictions_of_augmented_views_are_merged(call, tmp_path, name, sides):
+def test_views_of_the_shipped_configs_are_scaled_and_mirrored(call, tmp_path, name, sides):
     write_data(tmp_path, images=1)
     cfg = shipped(name, tmp_path)
     if cfg.default_scope == 'mmdet':
@@ -151,8 +151,7 @@ def test_predictions_of_augmented_views_are_merged(call, tmp_path, name, sides):
     weights = save_model(cfg, tmp_path / 'model.pth')
     cfg.dump('shipped.py')
     views = Views()
-    call('test.py', 'shipped.py', 'model.pth', '--out', 'plain.pkl')
-    call('test.py', 'shipped.py', 'model.pth', '--out', 'merged.pkl', '--tta', hooks=(views,))
+    call('test.py', 'shipped.py', 'model.pth', '--tta', hooks=(views,))
 
     assert all(torch.equal(views.weights[key], weights[key]) for key in weights)
     assert [tuple(view.shape[2:]) for view in views.images] == [
@@ -162,23 +161,20 @@ def test_predictions_of_augmented_views_are_merged(call, tmp_path, name, sides):
         assert torch.equal(view.flip(-1), mirrored)
         assert not torch.equal(view, mirrored)
 
-    if cfg.default_scope == 'mmdet':
-        ((plain,), (merged,)) = (
-            pickle.loads(Path(f'{kind}.pkl').read_bytes()) for kind in ('plain', 'merged')
-        )
-        found = merged['pred_instances']
-        assert len(found['scores']) == 100
-        assert 0 <= found['bboxes'].min() < found['bboxes'].max() <= 64
-        assert not torch.equal(found['scores'], plain['pred_instances']['scores'])
-    else:
-        plain, merged = pixels(Path('plain.pkl/0.png')), pixels(Path('merged.pkl/0.png'))
-        assert plain.shape == merged.shape == (64, 64)
-        assert (plain != merged).any()
     figures = [json.loads(path.read_text()) for path in Path('work_dirs/shipped').glob('*/*.json')]
     assert figures
     for figure in figures:
         assert {'coco/bbox_mAP', 'mIoU'} & set(figure)
         assert all(map(math.isfinite, figure.values()))
+
+
+@pytest.mark.parametrize('scope', CONFIGS)
+def test_model_of_each_library_is_wrapped_for_tta(tiny, call, tmp_path, scope):
+    config = tiny(scope)
+    runner = call('test.py', config, save(config, tmp_path), '--tta', '--work-dir', 'augmented')
+    assert 'TTA' in type(runner.model).__name__
+    used = Config.fromfile('augmented/tiny.py')
+    assert 'TestTimeAug' in [step.type for step in used.test_dataloader.dataset.pipeline]
 
 
 def test_tta_is_refused_for_masks():

@@ -6,70 +6,16 @@ import math
 from typing import Any
 
 import pytest
-import torch
 from helpers.tiny import CLASSIFIER, write_config, write_data
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from torch import Tensor, nn
 
 from emo2_mm import EMOv2
-from emo2_mm.weights.load import load_backbone_weights
 
 pytestmark = pytest.mark.both_stacks
-
-
-def copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-class Weights(Hook):
-    """Keep the weights after each step and those that are evaluated."""
-
-    def __init__(self) -> None:
-        self.trained: list[dict[str, Tensor]] = []
-        self.evaluated: list[dict[str, Tensor]] = []
-
-    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        self.trained.append(copy(runner.model))
-
-    def before_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        self.evaluated.append(copy(runner.model))
-
-
-def test_averaged_weights_are_evaluated_and_saved(tiny, call, tmp_path):
-    ema = """
-custom_hooks = [dict(type='EMAHook', momentum=0.2, priority='ABOVE_NORMAL')]
-optim_wrapper['optimizer']['lr'] = 0.05
-"""
-    weights = Weights()
-    runner = call(
-        'train.py', tiny('mmpretrain', ema), '--cfg-options', 'train_cfg.max_epochs=2', hooks=(weights,)
-    )
-    parameters = [name for name, _ in runner.model.named_parameters()]
-    assert len(weights.trained) == 4
-
-    mean = {name: weights.trained[0][name] for name in parameters}
-    means = []
-    for step in weights.trained[1:]:
-        mean = {name: 0.8 * mean[name] + 0.2 * step[name] for name in parameters}
-        means.append(mean)
-    saved = torch.load(tmp_path / 'work_dirs/tiny/epoch_2.pth', weights_only=False)
-    for name in parameters:
-        torch.testing.assert_close(saved['state_dict'][name], mean[name])
-        torch.testing.assert_close(weights.evaluated[-1][name], mean[name])
-        torch.testing.assert_close(weights.evaluated[0][name], means[0][name])
-        # the raw weights, to go on from
-        assert torch.equal(saved['ema_state_dict'][f'module.{name}'], weights.trained[-1][name])
-        assert torch.equal(runner.model.state_dict()[name], weights.trained[-1][name])
-        assert not torch.allclose(mean[name], weights.trained[-1][name], rtol=1e-4, atol=1e-6), name
-
-    backbone = MODELS.build(runner.cfg.model.backbone)
-    load_backbone_weights(backbone, str(tmp_path / 'work_dirs/tiny/epoch_2.pth'))
-    for name, parameter in backbone.named_parameters():
-        assert torch.equal(parameter, saved['state_dict'][f'backbone.{name}'])
 
 
 @pytest.mark.parametrize('final_norm', [True, False])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers.processes import free_port
-from helpers.tiny import CLASSIFIER, DETECTOR, run, write_config, write_data
+from helpers.tiny import DETECTOR, run, write_config, write_data
 
 pytestmark = pytest.mark.slow
 
@@ -148,15 +147,3 @@ def test_missing_data_is_reported_by_one_process_and_the_launcher_fails(tmp_path
     result = run(tmp_path, 'dist_train.sh', config, 2, PORT=free_port())
     assert result.returncode != 0
     assert result.stderr.count('reads data that is not there') == 1
-
-
-def test_auto_scale_lr_scales_the_learning_rate_with_the_processes(tmp_path):
-    pytest.importorskip('mmpretrain')
-    write_data(tmp_path)
-    config = write_config(tmp_path, CLASSIFIER + "auto_scale_lr['base_batch_size'] = 32")
-    arguments = [config, 2, '--auto-scale-lr', '--no-validate']
-    result = run(tmp_path, 'dist_train.sh', *arguments, PORT=free_port())
-    assert result.returncode == 0, result.stderr[-2000:]
-    (scalars,) = tmp_path.glob('work_dirs/tiny/*/vis_data/scalars.json')
-    step = json.loads(scalars.read_text().splitlines()[0])
-    assert step['lr'] == pytest.approx(1e-3 * 2 * 2 / 32)

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, run, write_config, write_data
-from mmengine.config import Config
 
 pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
 
@@ -54,24 +53,3 @@ def test_training_resumes_and_its_checkpoint_is_evaluated(tmp_path, scope):
         assert len(list((tmp_path / out).glob('*.png'))) == 4
     else:
         assert len(pickle.loads((tmp_path / out).read_bytes())) == 4
-
-
-@pytest.mark.parametrize('scope', CASES)
-def test_predictions_are_augmented_and_drawn(tmp_path, scope):
-    pytest.importorskip(scope)
-    text, metric = CASES[scope]
-    write_data(tmp_path)
-    config = write_config(tmp_path, text)
-    check(run(tmp_path, 'train.py', config, '--no-validate'))
-    test = ['test.py', config, 'work_dirs/tiny/epoch_1.pth']
-    if scope == 'mmpretrain':  # whose hook cannot do both at once
-        check(run(tmp_path, *test, '--tta', '--work-dir', 'augmented'))
-        log = check(run(tmp_path, *test, '--show-dir', 'painted'))
-    else:
-        log = check(run(tmp_path, *test, '--tta', '--show-dir', 'painted', '--work-dir', 'augmented'))
-    used = Config.fromfile(tmp_path / 'augmented/tiny.py')
-    assert 'TTA' in used.model.type
-    assert used.model.module.backbone.type == 'emo2_mm.EMOv2'
-    assert 'TestTimeAug' in [step.type for step in used.test_dataloader.dataset.pipeline]
-    assert metric in log
-    assert len([p for p in tmp_path.rglob('*.png') if 'painted' in p.parts]) == 4
