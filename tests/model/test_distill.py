@@ -251,25 +251,27 @@ class TestWindows:
         model.eval()
         assert {m.window_size for m in attentions} == {4}
 
-    @pytest.mark.parametrize(
-        ('size', 'backbone'), [(0, {}), (8, dict(backbone=dict(type='ResNet', depth=18)))]
-    )
-    def test_a_size_that_is_not_positive_or_another_backbone_is_refused(
-        self, size: int, backbone: dict[str, Any]
-    ) -> None:
-        message = f'train_window_size is {size}; give a positive number of tokens, and an EMOv2'
-        with pytest.raises(ValueError, match=message):
-            build(pixel_teacher(), train_window_size=size, **backbone)
-
 
 class TestErrors:
-    def test_a_teacher_without_weights_is_refused(self) -> None:
-        with pytest.raises(ValueError, match='ImageClassifier has no trained weights.*teacher.pretrained'):
-            build(classifier(CLASSES))
-
-    def test_a_teacher_size_that_is_not_positive_is_refused(self) -> None:
-        with pytest.raises(ValueError, match='teacher_size is 0; give a positive number of pixels'):
-            build(pixel_teacher(), size=0)
+    @pytest.mark.parametrize(
+        ('teacher', 'kwargs', 'message'),
+        [
+            (classifier(CLASSES), {}, 'ImageClassifier has no trained weights.*teacher.pretrained'),
+            (pixel_teacher(), dict(size=0), 'teacher_size is 0; give a positive number of pixels'),
+            (pixel_teacher(), dict(train_window_size=0), 'train_window_size is 0; give a positive number'),
+            (
+                pixel_teacher(),
+                dict(train_window_size=8, backbone=dict(type='ResNet', depth=18)),
+                'train_window_size is 8; .* and an EMOv2',
+            ),
+        ],
+        ids=['no weights', 'size', 'window', 'backbone'],
+    )
+    def test_a_wrong_argument_is_named(
+        self, teacher: dict[str, Any], kwargs: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            build(teacher, **kwargs)
 
     def test_a_teacher_with_other_classes_is_refused(self) -> None:
         model = build(dict(pixel_teacher(), classes=4))

@@ -246,22 +246,10 @@ def test_class_names_reach_inference(scope, kind, tmp_path):
 class TestDeploy:
     @pytest.fixture
     def cfg(self) -> str:
-        return """
-model = dict(
-    backbone=dict(
-        arch='1m',
-        frozen_stages=-1,
-        init_cfg=dict(checkpoint='x.pth', type='Pretrained'),
-        norm_cfg=dict(eps=0.01, type='BN'),
-        out_indices=(
-            0,
-            1,
-            2,
-            3,
-        ),
-        type='emo2_mm.EMOv2'),
-    type='RetinaNet')
-"""
+        norm_cfg, init_cfg = dict(type='BN', eps=0.01), dict(type='Pretrained', checkpoint='x.pth')
+        backbone = dict(type='emo2_mm.EMOv2', arch='1m', norm_cfg=norm_cfg, init_cfg=init_cfg)
+        backbone.update(frozen_stages=-1, out_indices=(0, 1, 2, 3))
+        return Config(dict(model=dict(type='RetinaNet', backbone=backbone))).pretty_text
 
     def test_folds_the_backbone_as_its_config_says(self, cfg, weights, kind, tmp_path):
         torch.save(checkpoint(weights, cfg=cfg), tmp_path / 'epoch_12.pth')

@@ -57,18 +57,11 @@ def train_and_test(
 ) -> list[Step]:
     """Training of a config in ``folder / name`` and test of its last checkpoint in ``folder / test-name``."""
     train, test = folder / name, folder / f'test-{name}'
-    command = ['tools/test.py', config, last_checkpoint(config, train), '--work-dir', str(test), *test_args]
+    train_it = ['tools/train.py', config, '--work-dir', str(train), '--resume']
+    test_it = ['tools/test.py', config, last_checkpoint(config, train), '--work-dir', str(test), *test_args]
     return [
-        Step(
-            name,
-            title,
-            minutes,
-            ['tools/train.py', config, '--work-dir', str(train), '--resume'],
-            [train],
-            [config],
-            [need],
-        ),
-        Step(f'test-{name}', 'evaluate on held-out digits', 0.3, command, [test], needs=[name]),
+        Step(name, title, minutes, train_it, [train], [config], [need]),
+        Step(f'test-{name}', 'evaluate on held-out digits', 0.3, test_it, [test], needs=[name]),
     ]
 
 
