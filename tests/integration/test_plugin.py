@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers.tiny import ROOT
 from mmengine.utils import get_installed_path, is_installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.both_stacks]
@@ -39,32 +40,6 @@ model = dict(
 }
 IMPORT = "custom_imports = dict(imports=['emo2_mm'], allow_failed_imports=False)\n"
 
-# A batch of two images, as the code base's dataloader gives it.
-BATCHES = {
-    'mmpretrain': """
-from mmpretrain.structures import DataSample
-samples = [DataSample().set_gt_label(label) for label in (3, 997)]
-""",
-    'mmdet': """
-from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
-meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0))
-samples = [DetDataSample(metainfo=meta) for _ in images]
-for sample in samples:
-    boxes = torch.tensor([[8.0, 8.0, 56.0, 60.0]])
-    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([7]))
-""",
-    'mmseg': """
-from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
-model.data_preprocessor.size = (64, 64)  # 512 x 512 would take long
-meta = dict(img_shape=(64, 64), ori_shape=(64, 64), padding_size=(0, 0, 0, 0))
-samples = [SegDataSample(metainfo=meta) for _ in images]
-for sample in samples:
-    sample.gt_sem_seg = PixelData(data=torch.randint(150, (1, 64, 64)))
-""",
-}
-
 PREDICTIONS = {
     'mmpretrain': '[tuple(p.pred_score.shape) for p in predictions] == [(1000,)] * 2',
     'mmdet': "['pred_instances' in p for p in predictions] == [True] * 2",
@@ -74,6 +49,7 @@ PREDICTIONS = {
 TRAIN = """
 import sys
 import torch
+from helpers.batches import make_batch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
@@ -98,11 +74,9 @@ model.init_weights()
 backbone = model.backbone
 assert type(backbone).__module__ == 'emo2_mm.emov2', type(backbone)
 
-images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
-BATCH
-batch = dict(inputs=images, data_samples=samples)
-if cfg.default_scope == 'mmpretrain':
-    batch['inputs'] = torch.stack(images)
+if cfg.default_scope == 'mmseg':
+    model.data_preprocessor.size = (64, 64)  # 512 x 512 would take long
+batch = make_batch(cfg.default_scope, 2)
 first = next(backbone.parameters())
 before = first.detach().clone()
 grads = {}
@@ -133,9 +107,8 @@ def test_a_config_of_a_library_trains_with_the_backbone(scope: str, spelling: st
         project = project.replace('mmseg::', f'{get_installed_path(scope)}/.mim/configs/')
     imports = IMPORT if spelling == 'EMOv2' else ''
     (tmp_path / 'mine.py').write_text(imports + project)
-    code = TRAIN.replace('BATCH', BATCHES[scope]).replace('PREDICTED', PREDICTIONS[scope])
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    env.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    code = TRAIN.replace('PREDICTED', PREDICTIONS[scope])
+    env = dict(os.environ, PYTHONPATH=str(ROOT / 'tests'), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith('trained\n')

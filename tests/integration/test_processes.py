@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import pytest
 import torch
+from helpers.batches import make_batch
 from helpers.processes import free_port
 from helpers.tiny import CLASSIFIER, DETECTOR, SEGMENTOR, SIDE, run, write_config, write_data
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
 from torch import distributed
 from torch.multiprocessing import spawn
 
@@ -42,36 +42,6 @@ def read_model(scope: str, folder: Path) -> Config:
     return cfg
 
 
-def make_batch(scope: str) -> dict[str, list[Any]]:
-    """Images of random pixels; as many boxes in each, for a detector divides its loss by their number."""
-    torch.manual_seed(1)
-    info = dict(
-        img_shape=(SIDE, SIDE), ori_shape=(SIDE, SIDE), pad_shape=(SIDE, SIDE), scale_factor=(1.0, 1.0)
-    )
-    samples = []
-    for i in range(IMAGES):
-        if scope == 'mmdet':
-            from mmdet.structures import DetDataSample
-
-            boxes = torch.tensor([[4.0, 6, 40, 42], [20, 12, 60, 60]])
-            sample = DetDataSample(metainfo=info)
-            sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([i % 2, 1]))
-        elif scope == 'mmseg':
-            from mmseg.structures import SegDataSample
-
-            sample = SegDataSample(metainfo=info)
-            sample.gt_sem_seg = PixelData(data=torch.randint(0, 2, (1, SIDE, SIDE)))
-        else:
-            from mmpretrain.structures import DataSample
-
-            sample = DataSample(metainfo=info).set_gt_label(i % 2)
-        samples.append(sample)
-    images = [torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8) for _ in samples]
-    if scope == 'mmpretrain':
-        return dict(inputs=torch.stack(images), data_samples=samples)
-    return dict(inputs=images, data_samples=samples)
-
-
 @contextmanager
 def double() -> Iterator[None]:
     """Compute in float64: what differs then is no matter of rounding."""
@@ -93,7 +63,7 @@ def gradients(scope: str, cfg: Config, rank: int = 0, world: int = 1) -> dict[st
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     assert not any(isinstance(m, torch.nn.Dropout) and m.p and m.training for m in model.modules())
-    share = {name: values[rank::world] for name, values in make_batch(scope).items()}
+    share = {name: values[rank::world] for name, values in make_batch(scope, IMAGES).items()}
     data = model.data_preprocessor(share, training=True)
     data['inputs'] = data['inputs'].double()  # normalised in float32
     network = model
