@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -42,8 +41,6 @@ def compiled(model: EMOv2, backend: str | None) -> Callable[[Tensor], tuple[Tens
 
 
 TRAINED = [case for case in CASES if 'param_grad' in case]
-FREEZABLE = ['norm', 'depthwise.', 'depthwise', 'project', 'linear', 'qk', 'v.', 'bias', 'layer_scale']
-FREEZABLE += ['stem', 'stages']
 PATHS = ('eager', 'modules', 'deployed', 'deployed modules')
 
 
@@ -135,7 +132,7 @@ def test_compiled_training(backend: str) -> None:
 
 
 class TestFastPath:
-    """What a CPU computes instead of the modules equals them, in double precision."""
+    """What a CPU computes instead of the modules equals them; tests/cpu has changes and frozen weights."""
 
     @pytest.mark.parametrize(
         'kwargs',
@@ -155,30 +152,14 @@ class TestFastPath:
     )
     @pytest.mark.parametrize('mode', ['gradients', 'training'])
     def test_arguments(self, mode: str, kwargs: dict[str, Any], modules_only: Callable[[], None]) -> None:
-        self.compare(lambda: tiny(**kwargs).double().train(mode == 'training'), mode, modules_only)
-
-    @pytest.mark.parametrize(
-        ('frozen', 'mode'),
-        [*product(FREEZABLE, ('gradients', 'training')), ('', 'gradients')],  # '': all of them
-    )
-    def test_frozen_weights(self, frozen: str, mode: str, modules_only: Callable[[], None]) -> None:
-        """Those whose name holds ``frozen``."""
-
-        def build() -> EMOv2:
-            model = tiny().double().train(mode == 'training')
-            for name, p in model.named_parameters():
-                p.requires_grad_(frozen not in name)
-            return model
-
-        self.compare(build, mode, modules_only)
-
-    @staticmethod
-    def compare(build: Callable[[], EMOv2], mode: str, modules_only: Callable[[], None]) -> None:
         x = torch.rand(2, 3, 41, 50, dtype=torch.double)
-        before = x.clone()
-        ours = results(build(), x, mode, steps=2)
-        modules_only()
-        assert_close(ours, results(build(), x, mode, steps=2))
+        before, found = x.clone(), []
+        for path in ('fast', 'modules'):
+            if path == 'modules':
+                modules_only()
+            model = tiny(**kwargs).double().train(mode == 'training')
+            found.append(results(model, x, mode, steps=2))
+        assert_close(*found)
         assert torch.equal(x, before)
 
 
