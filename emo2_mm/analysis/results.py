@@ -71,14 +71,8 @@ class ResultsHook(Hook):
     after_test_iter = after_val_iter
 
     def after_train(self, runner: Runner) -> None:
-        """Draw."""
-        self._draw(Path(runner.work_dir))
-
-    def after_test(self, runner: Runner) -> None:
-        """Draw."""
-        self._draw(Path(runner.work_dir))
-
-    def _draw(self, folder: Path) -> None:
+        """Write the pictures of the last evaluation, or of a test."""
+        folder = Path(runner.work_dir)
         if self.collected is None or not self.collected.results:
             return
         if find_spec('matplotlib') is None:
@@ -86,6 +80,8 @@ class ResultsHook(Hook):
             return
         self.collected.draw(folder)
         note(f'pictures of the results: {folder}/results.png, confusion_matrix.png')
+
+    after_test = after_train
 
 
 class Collected:

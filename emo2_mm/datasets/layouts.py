@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from ..config import innermost_dataset, iter_nodes
 from ..errors import UserError, note, printable
@@ -123,6 +123,11 @@ def _splits(cfg: Config, root: Path, find: Callable[[Path, str], Any]) -> Iterat
         yield split, found
 
 
+def _datasets(cfg: Config, split: str) -> list[ConfigDict]:
+    """The dataset configs that a split stands for: that of val is tested on, too."""
+    return [innermost_dataset(cfg[f'{stage}_dataloader'].dataset) for stage in STAGES[split]]
+
+
 def _children(folder: Path, folders: bool = True) -> dict[str, Path]:
     """Folders, or files, in a folder by their names in lower case."""
     if not folder.is_dir():
@@ -176,8 +181,8 @@ def _fit_coco(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
         else:
             _check_unknown(file, content, classes)
         images[split] = [root / folder / image['file_name'] for image in content['images']]
-        for stage in STAGES[split]:
-            innermost_dataset(cfg[f'{stage}_dataloader'].dataset).update(
+        for dataset in _datasets(cfg, split):
+            dataset.update(
                 type='emo2_mm.datasets.coco.CocoDataset',
                 data_root=f'{root}/',
                 ann_file=file.relative_to(root).as_posix(),
@@ -185,7 +190,8 @@ def _fit_coco(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
                 metainfo=dict(classes=tuple(classes)),
                 verify_images=True,
             )
-            if stage != 'train':
+        if split == 'val':
+            for stage in STAGES['val']:
                 cfg[f'{stage}_evaluator'].update(type='emo2_mm.datasets.coco.CocoMetric', ann_file=str(file))
     _tell_shared(images)
     return len(seen), classes or []
@@ -316,8 +322,7 @@ def _fit_maps(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
         missing = [f'{name!r} ({i})' for i, name in enumerate(classes) if i not in labels]
         if missing:
             report.add('SEG022', f'{maps}: {", ".join(missing)}')
-        for stage in STAGES[split]:
-            dataset = innermost_dataset(cfg[f'{stage}_dataloader'].dataset)
+        for dataset in _datasets(cfg, split):
             dataset.update(
                 type='emo2_mm.datasets.segmentation.SegDataset',
                 data_root=str(root),
@@ -344,11 +349,8 @@ def _fit_maps(cfg: Config, root: Path, report: Report) -> tuple[int, list[str]]:
 def _read_names(root: Path) -> list[str]:
     file = _find(root, NAME_FILES, folders=False)
     if file is None:
-        raise _refuse(
-            root,
-            'train',
-            'classes.txt, which names the classes, one a line, the one with the number 0 in the maps first',
-        )
+        what = 'classes.txt, which names the classes, one a line, the one with the number 0 in the maps first'
+        raise _refuse(root, 'train', what)
     text, encoding = decode(file.read_bytes(), file)
     if encoding != 'utf-8':
         note(f'{file}: read as {encoding}')
@@ -449,8 +451,7 @@ def _fit_folders(cfg: Config, root: Path, report: Report) -> tuple[int, list[str
         if not images['val']:
             raise UserError(f'{folders["val"]} holds no image that can be read; {describe(folders["val"])}')
     for split, folder in folders.items():
-        for stage in STAGES[split]:
-            dataset = innermost_dataset(cfg[f'{stage}_dataloader'].dataset)
+        for dataset in _datasets(cfg, split):
             dataset.pop('split', None)  # of ImageNet
             dataset.update(
                 type='emo2_mm.datasets.classification.FolderDataset',

@@ -13,16 +13,8 @@ from helpers.tiny import ROOT
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it trains for minutes
 def test_tutorial_runs(tmp_path: Path) -> None:
-    for name in (
-        'nbclient',
-        'ipykernel',
-        'mmpretrain',
-        'mmdet',
-        'onnxruntime',
-        'matplotlib',
-        'skimage',
-        'sklearn',
-    ):
+    packages = 'nbclient ipykernel mmpretrain mmdet onnxruntime matplotlib skimage sklearn'
+    for name in packages.split():
         pytest.importorskip(name, reason=f'the tutorial needs {name}')
     import nbformat
     from nbclient import NotebookClient
