@@ -17,15 +17,8 @@ train_pipeline = [
     ),
     dict(type='PackDetInputs'),
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(320, 320), keep_ratio=False),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].update(scale=(320, 320), keep_ratio=False)
 train_dataloader = dict(
     batch_size=24,
     num_workers=4,
@@ -34,14 +27,7 @@ train_dataloader = dict(
         _delete_=True,
         type='RepeatDataset',
         times=5,
-        dataset=dict(
-            type='CocoDataset',
-            data_root='data/coco/',
-            ann_file='annotations/instances_train2017.json',
-            data_prefix=dict(img='train2017/'),
-            filter_cfg=dict(filter_empty_gt=True, min_size=32),
-            pipeline=train_pipeline,
-        ),
+        dataset=dict(_base_.train_dataloader.dataset, pipeline=train_pipeline),
     ),
 )
 val_dataloader = dict(batch_size=8, num_workers=4, dataset=dict(pipeline=test_pipeline))
