@@ -53,8 +53,7 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         height, width = preprocessor['size']
         return height, width
     shape = None
-    dataset = innermost_dataset(cfg.get('test_dataloader', {}).get('dataset', {}))
-    for transform in dataset.get('pipeline', []):
+    for transform in test_pipeline(cfg):
         kind = str(transform['type']).split('.')[-1]  # it may carry a scope
         if kind == 'CenterCrop':
             shape = height_width(transform['crop_size'])
@@ -67,6 +66,11 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         raise ValueError('its test pipeline fixes no image size; give one with --shape H W')
     multiple = preprocessor.get('pad_size_divisor', 1)
     return ceil(shape[0] / multiple) * multiple, ceil(shape[1] / multiple) * multiple
+
+
+def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
+    dataset = innermost_dataset(cfg.get('test_dataloader', {}).get('dataset', {}))
+    return dataset.get('pipeline', [])
 
 
 def height_width(size: Any) -> tuple[int, int]:
