@@ -50,7 +50,7 @@ def as_prediction(model: predict.Model, path: str, sample: Any) -> dict[str, Any
     if answers == 'probabilities':
         scores = torch.from_numpy(model.run(prepared.array)['probabilities'][0])
         found.update(pred_score=scores, pred_label=scores.argmax(0, keepdim=True))
-    elif answers == 'map':
+    elif answers in ('map', 'logits'):
         found['pred_sem_seg'] = dict(data=torch.from_numpy(model.map(prepared).astype(np.int64))[None])
     else:
         dets, labels, masks = model.detections(prepared)

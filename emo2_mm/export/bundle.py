@@ -96,7 +96,7 @@ def write_readme(
 ) -> None:
     """Write README.md: how to run the models, what comes out, and what was measured."""
     first = next(iter(models.values()))
-    decoded = first['answers'] in ('detections', 'boxes', 'probabilities', 'map')
+    decoded = first['answers'] in predict.DECODED
     installs = sorted({entry['install'] for entry in models.values()})
     lines = [
         f'# {meta["name"]}',

@@ -381,7 +381,8 @@ class EndToEnd(nn.Module):
         model: Of MMPretrain, MMSegmentation or MMDetection, or an EMOv2 alone; in eval mode.
         scope: ``default_scope`` of its config.
         answers: 'raw' (maps of the heads, logits), 'detections' (boxes after NMS), 'boxes' (before it),
-            'probabilities', 'map' or 'features' (of a backbone).
+            'probabilities', 'map' (and logits of a segmentor), 'logits' (these alone) or 'features' (of a
+            backbone).
         normalize: What precedes the model; None takes normalized images (N, 3, H, W).
         dynamic: Whether images may have any size when traced.
 
@@ -402,7 +403,7 @@ class EndToEnd(nn.Module):
             self._build_detector()
         if answers == 'probabilities' and 'MultiLabel' in type(model.head).__name__:
             raise UserError(f'{type(model.head).__name__} gives no probabilities of one class; give --raw')
-        if answers == 'map' and model.test_cfg.get('mode', 'whole') != 'whole':
+        if answers in ('map', 'logits') and model.test_cfg.get('mode', 'whole') != 'whole':
             raise UserError(
                 f'test_cfg of the segmentor has mode={model.test_cfg.mode}: crops are not exported; give '
                 '--cfg-options model.test_cfg.mode=whole, or --raw'
@@ -445,6 +446,8 @@ class EndToEnd(nn.Module):
             return dict(logits=logits) if self.answers == 'raw' else dict(probabilities=logits.softmax(-1))
         if self.scope == 'mmseg':
             logits = model(x, mode='tensor')
+            if self.answers == 'logits':
+                return dict(logits=logits)
             corners = model.align_corners
             large = F.interpolate(logits, x.shape[2:], mode='bilinear', align_corners=corners)
             if self.answers == 'raw':

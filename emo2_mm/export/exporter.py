@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -62,7 +63,9 @@ def choose_answers(task: str, form: Format, options: Options) -> str:
         return 'raw'
     if task in ('detection', 'instance segmentation'):
         return 'detections' if form.nms else 'boxes'
-    return {'segmentation': 'map', 'classification': 'probabilities'}[task]
+    if task == 'segmentation':
+        return 'map' if form.argmax else 'logits'
+    return 'probabilities'
 
 
 class Exporter:
@@ -196,21 +199,46 @@ class Exporter:
             dtype = 'uint8' if source.example.dtype == torch.uint8 else 'float32'
             layout = 'NHWC' if dtype == 'uint8' else 'NCHW'
             source.calibration = self.calibrate(dict(input=dict(dtype=dtype, layout=layout)))
+        source.notes.clear()
         files = form.convert(source, folder, precision)
+        try:
+            return self._compare(form, precision, folder, files, source, reference)
+        except BaseException:
+            for file in files:  # with --report, and all, the other formats stay
+                path = folder / file
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+
+    def _compare(
+        self,
+        form: Format,
+        precision: str,
+        folder: Path,
+        files: list[str],
+        source: Source,
+        reference: EndToEnd,
+    ) -> Exported:
+        """Load and run the files of a model, and compare the outputs with torch."""
         entry = self.entry(form, precision, files, source)
-        entry.update(source.notes.get(precision, {}))
+        entry.update(source.notes)
         inputs = self.inputs(form, entry)
-        entry['MB'] = round(sum((folder / file).stat().st_size for file in files) / 1e6, 3)
+        entry['MB'] = round(sum(map(size_of, (folder / file for file in files))) / 1e6, 3)
         if form.check:
             entry['error'] = form.check(source, folder, files)
             return Exported(entry, None, inputs[0])
-        runtime = predict.RUNTIMES[form.name](folder, entry, torch.get_num_threads())
+        if form.simulate:
+            runtime = form.simulate(folder, entry)
+        else:
+            runtime = predict.RUNTIMES[form.name](folder, entry, torch.get_num_threads())
         names, error = source.outputs, 0.0
         for x in inputs:
             with torch.no_grad():
                 expected = [y.numpy() for y in reference(torch.from_numpy(x))]
             error = max(error, compare(names, runtime(x, names), expected, LIMITS[precision]))
         entry['error'] = f'{error:.1e}'
+        if form.simulate:
+            entry['error'] += ' (interpreted, not run)'
+            return Exported(entry, None, inputs[0])
         return Exported(entry, lambda: runtime(inputs[0], names), inputs[0])
 
     def calibrate(self, entry: dict[str, Any]) -> list[np.ndarray]:
@@ -227,6 +255,12 @@ class Exporter:
         if not found:
             raise UserError(f'--quantize {self.options.quantize}: none of its images can be read')
         return found
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob('*') if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def sample_pictures(cfg: Config, loaded: Loaded, quantize: Sequence[Path]) -> list[np.ndarray]:
@@ -395,7 +429,7 @@ def measure_accuracy(
 def draw_example(exporter: Exporter, folder: Path, models: dict[str, Any]) -> str | None:
     """Draw what predict.py finds in a picture; the name of the file."""
     entry = next((e for e in models.values() if not is_checked(e)), None)
-    if entry is None or entry['answers'] not in ('detections', 'boxes', 'probabilities', 'map'):
+    if entry is None or entry['answers'] not in predict.DECODED:
         return None
     name = next(key for key, value in models.items() if value is entry)
     model = predict.Model(folder, name, torch.get_num_threads())

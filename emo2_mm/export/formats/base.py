@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
 from .. import int8
 from ..onnx_network import trace
+
+
+class Planar(nn.Module):
+    """A network of images (N, H, W, 3), for images (N, 3, H, W) with the same values in float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Any:
+        return self.network(image.permute(0, 2, 3, 1))
 
 
 @dataclass
@@ -30,7 +42,7 @@ class Source:
         folder: Temporary folder for intermediate files.
         calibration: Inputs of a batch of one for int8, if asked for.
         opset: Of ONNX; None is the newest that suits all.
-        notes: What a converter adds to the entry in model.json, by precision.
+        notes: What a converter adds to the entry in model.json.
     """
 
     network: nn.Module
@@ -41,7 +53,7 @@ class Source:
     folder: Path
     calibration: list[np.ndarray] = field(default_factory=list)
     opset: int | None = None
-    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     _graph: Any = None
     _int8: Any = None
 
@@ -54,17 +66,29 @@ class Source:
     def int8_graph(self) -> Any:
         """The model as an int8 ``ModelProto``, calibrated once; ``notes`` get the layers left in float."""
         if self._int8 is None:
-            self._int8, kept = int8.quantize(self.graph(), self.calibration)
-            self.notes['int8'] = dict(float_layers=kept)
-        return deepcopy(self._int8)
+            self._int8 = int8.quantize(self.graph(), self.calibration)
+        graph, self.notes['float_layers'] = self._int8
+        return deepcopy(graph)
 
     def onnx_file(self, precision: str = 'fp32') -> Path:
         """The model as an ONNX file in :attr:`folder`, for converters that read one."""
         path = self.folder / f'source-{precision}.onnx'
-        if not path.exists():
+        if precision == 'int8' or not path.exists():
             graph = self.int8_graph() if precision == 'int8' else self.graph()
             path.write_bytes(graph.SerializeToString())
         return path
+
+    def planar(self) -> tuple[nn.Module, Tensor]:
+        """Network and example for runtimes whose images are (N, 3, H, W) float32, with pixels as they are."""
+        if self.example.dtype != torch.uint8:
+            return self.network, self.example
+        return Planar(self.network).eval(), self.example.permute(0, 3, 1, 2).float().contiguous()
+
+    @property
+    def size(self) -> list[int]:
+        """Height and width of the images."""
+        at = 1 if self.example.dtype == torch.uint8 else 2
+        return list(self.example.shape[at : at + 2])
 
 
 @dataclass(frozen=True)
@@ -85,8 +109,12 @@ class Format:
         dtype: 'uint8', images (N, H, W, 3), normalized inside, or 'float32', normalized ones (N, 3, H, W).
         dynamic: Whether images of any size can be taken.
         free_batch: Whether any number of images can be taken at once.
+        argmax: Whether the class map of a segmentor can be in the file. Otherwise it has the logits alone.
         check: For a format that cannot run on Linux: checks the written files in another way, returns in
             words what was checked, and raises ``UserError`` if they are wrong.
+        simulate: For a format that cannot run on Linux: from the bundle's folder and the entry in model.json
+            to what computes in another way what the file says, called as the classes of
+            ``predict.RUNTIMES`` are; raises ``UserError`` if the file is wrong.
         environment: Commands for an environment of its own, where ``install`` does not fit into this one.
         limits: What it cannot do, in words.
     """
@@ -102,7 +130,9 @@ class Format:
     dtype: str = 'uint8'
     dynamic: bool = False
     free_batch: bool = False
+    argmax: bool = True
     check: Callable[[Source, Path, list[str]], str] | None = None
+    simulate: Callable[[Path, dict[str, Any]], Any] | None = None
     environment: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
