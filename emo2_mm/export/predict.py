@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 SCHEMA = 1  # of model.json
 TOP = 5  # classes of a classifier that are listed
+DECODED = ('detections', 'boxes', 'probabilities', 'map', 'logits')  # answers of which results are made
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 Image.MAX_IMAGE_PIXELS = None  # large photographs are not attacks here
 
@@ -85,10 +87,99 @@ class TorchScript:
         return [found[name].numpy() for name in names]
 
 
+class Ncnn:
+    """ncnn on the CPU: ``pip install ncnn``. One image at a time."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
+        self.ncnn, self.outputs = import_module('ncnn'), entry['outputs']
+        self.net = self.ncnn.Net()
+        options = self.net.opt
+        if threads:
+            options.num_threads = threads
+        if platform.machine().lower() in ('x86_64', 'amd64'):
+            options.use_packing_layout = entry['x86_packing']  # most models are faster without
+        if entry['precision'] == 'fp32':  # ncnn's default is half precision where the processor has it
+            options.use_fp16_packed = options.use_fp16_storage = options.use_fp16_arithmetic = False
+        paths = [str(folder / file) for file in entry['files']]
+        if self.net.load_param(paths[0]) or self.net.load_model(paths[1]):
+            raise RuntimeError(f'{paths[0]}: ncnn cannot load it')
+
+    def __call__(self, image: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+        if image.dtype == np.uint8:
+            height, width = image.shape[1:3]
+            order = self.ncnn.Mat.PixelType.PIXEL_BGR  # of the image and of the model: nothing is swapped
+            given = self.ncnn.Mat.from_pixels(np.ascontiguousarray(image[0]), order, width, height)
+        else:
+            given = self.ncnn.Mat(image[0]).clone()
+        extractor = self.net.create_extractor()
+        extractor.input('in0', given)
+        found = {}
+        for i, output in enumerate(self.outputs):
+            if output['name'] in names:
+                failed, value = extractor.extract(f'out{i}')
+                if failed:
+                    raise RuntimeError(f'ncnn cannot compute {output["name"]}')
+                found[output['name']] = np.array(value).reshape(output['shape'])
+        return [found[name] for name in names]
+
+
+class MNN:
+    """MNN on the CPU: ``pip install MNN``."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
+        mnn, self.expr = import_module('MNN'), import_module('MNN.expr')
+        settings = {'backend': 'CPU', 'precision': 'high', 'numThread': threads or 4}
+        self.outputs = entry['outputs']
+        self.module = mnn.nn.load_module_from_file(
+            str(folder / entry['files'][0]),
+            [entry['input']['name']],
+            [output['name'] for output in self.outputs],
+            runtime_manager=mnn.nn.create_runtime_manager((settings,)),
+        )
+
+    def __call__(self, image: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+        expr = self.expr
+        given = expr.placeholder(
+            list(image.shape), expr.NCHW, expr.uint8 if image.dtype == np.uint8 else expr.float
+        )
+        given.write(image)
+        values = self.module.forward([given])
+        if len(values) != len(self.outputs):
+            raise RuntimeError('MNN cannot compute the model')
+        found = {}
+        for output, value in zip(self.outputs, values):
+            if len(value.shape) == 4:
+                value = expr.convert(value, expr.NCHW)
+            found[output['name']] = np.array(value.read()).astype(output['dtype'], copy=False)
+        return [found[name] for name in names]
+
+
+class CoreML:
+    """Core ML on macOS: ``pip install coremltools``."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
+        if sys.platform != 'darwin':
+            raise OSError('Core ML runs on macOS and iOS alone; choose another model with --model')
+        self.model = import_module('coremltools').models.MLModel(str(folder / entry['files'][0]))
+        self.input, self.outputs = entry['input'], entry['outputs']
+        self.bgr = entry.get('color_layout') == 'BGR'
+
+    def __call__(self, image: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+        given: Any = image
+        if image.dtype == np.uint8:  # Core ML takes pictures, and orders the colors itself
+            given = Image.fromarray(np.ascontiguousarray(image[0][..., ::-1] if self.bgr else image[0]))
+        found = self.model.predict({self.input['name']: given})
+        types = {output['name']: output['dtype'] for output in self.outputs}
+        return [np.asarray(found[name]).astype(types[name], copy=False) for name in names]
+
+
 RUNTIMES: dict[str, Callable[[Path, dict[str, Any], int | None], Any]] = {
     'onnx': OnnxRuntime,
     'openvino': OpenVINO,
     'torchscript': TorchScript,
+    'ncnn': Ncnn,
+    'mnn': MNN,
+    'coreml': CoreML,
 }
 
 
@@ -421,7 +512,7 @@ class Model:
         if self.name not in models:
             raise ValueError(f'{path}: no model {self.name!r}; there are {", ".join(models)}')
         self.entry = models[self.name]
-        missing = [file for file in self.entry['files'] if not (self.folder / file).is_file()]
+        missing = [file for file in self.entry['files'] if not (self.folder / file).exists()]
         if missing:
             raise FileNotFoundError(f'{self.folder}: {", ".join(missing)} is missing; copy the whole folder')
         try:
@@ -462,7 +553,7 @@ class Model:
             ValueError: If the image cannot be read, or the model gives maps that this file does not decode.
         """
         answers = self.entry['answers']
-        if answers not in ('detections', 'boxes', 'probabilities', 'map'):
+        if answers not in DECODED:
             raise ValueError(
                 f'this model gives {answers}, which are not decoded here; call run(prepare(...))'
             )
@@ -472,7 +563,7 @@ class Model:
         found: dict[str, Any] = dict(width=width, height=height)
         if answers == 'probabilities':
             found['classes'] = self._classes(self.run(prepared.array)['probabilities'][0])
-        elif answers == 'map':
+        elif answers in ('map', 'logits'):
             found['map'] = self.map(prepared)
             found['segments'] = self._segments(found['map'])
         else:

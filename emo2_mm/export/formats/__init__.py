@@ -7,12 +7,14 @@ A format is an entry of :data:`FORMATS`. Its file is run by the class of the sam
 from __future__ import annotations
 
 from ...errors import UserError
-from . import onnx, openvino, torchscript
+from . import coreml, mnn, ncnn, onnx, openvino, torchscript
 from .base import Format, Source
 
 __all__ = ['FORMATS', 'Format', 'Source', 'find_formats']
 
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (onnx, openvino, torchscript)}
+FORMATS: dict[str, Format] = {
+    module.FORMAT.name: module.FORMAT for module in (onnx, openvino, torchscript, ncnn, mnn, coreml)
+}
 
 
 def find_formats(names: list[str]) -> list[Format]:
