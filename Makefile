@@ -8,13 +8,14 @@ IN_VENV = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-all lint test test-all docs format clean
+.PHONY: help env demo demo-all lint test test-all test-export docs format clean
 
 help:
 	@echo 'make env       set up .venv or .venv-onedl, which all other targets use; finished steps are skipped'
 	@echo 'make demo      train a digit detector on this machine, evaluate and draw it: work_dirs/demo'
 	@echo 'make demo-all  train every method briefly from its real config: work_dirs/demo/all'
 	@echo 'make test      lint and the fast tests; with SLOW=1, or make test-all, the slow ones, too'
+	@echo 'make test-export  the tests of exported models in every format whose packages are there; says which are not'
 	@echo 'make lint      ruff, codespell, mypy (through pre-commit)'
 	@echo 'make docs      build the documentation site: site/'
 	@echo 'make format    apply ruff fixes and formatting'
@@ -43,6 +44,9 @@ test: lint
 
 test-all: SLOW = 1
 test-all: test
+
+test-export: env
+	@$(IN_VENV) python -m pytest -n $(JOBS) -rs tests/export $(ARGS)
 
 docs: env
 	@$(IN_VENV) mkdocs build --strict $(ARGS)

@@ -201,24 +201,6 @@ class Exporter:
             source.calibration = self.calibrate(dict(input=dict(dtype=dtype, layout=layout)))
         source.notes.clear()
         files = form.convert(source, folder, precision)
-        try:
-            return self._compare(form, precision, folder, files, source, reference)
-        except BaseException:
-            for file in files:  # with --report, and all, the other formats stay
-                path = folder / file
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            raise
-
-    def _compare(
-        self,
-        form: Format,
-        precision: str,
-        folder: Path,
-        files: list[str],
-        source: Source,
-        reference: EndToEnd,
-    ) -> Exported:
-        """Load and run the files of a model, and compare the outputs with torch."""
         entry = self.entry(form, precision, files, source)
         entry.update(source.notes)
         inputs = self.inputs(form, entry)
@@ -352,6 +334,7 @@ def build(cfg: Config, exporter: Exporter, formats: list[Format], folder: Path, 
             if not wanted or precision not in form.precisions:
                 continue
             name = form.name if precision == 'fp32' else f'{form.name}-{precision}'
+            before = set(folder.iterdir())
             try:
                 done[name] = exporter.export(form, precision, folder)
             except (UserError, RuntimeError, ValueError, OSError, ImportError) as error:
@@ -360,6 +343,8 @@ def build(cfg: Config, exporter: Exporter, formats: list[Format], folder: Path, 
                 if not (options.report or skipped):
                     raise UserError(f'{name}: {message}') from error
                 failed[name] = message[:200]
+                for path in set(folder.iterdir()) - before:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 console.print(f'{name}: failed, {message}', markup=False)
             else:
                 entry = done[name].entry

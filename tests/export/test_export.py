@@ -142,15 +142,55 @@ def test_a_bundle_of_any_size_agrees_with_the_library(config, main, tmp_path):
         assert_agrees(model, inferencer, path, config.default_scope)
 
 
-@pytest.mark.parametrize('name', ['openvino'])
+def skip_without(name):
+    missing = formats.FORMATS[name].missing()
+    if missing:
+        pytest.skip(f'needs {", ".join(missing)}')
+
+
+@pytest.mark.parametrize('name', ['openvino', 'ncnn', 'mnn'])
 @ALL
 def test_other_runtimes(config, main, name):
-    pytest.importorskip(name)
+    skip_without(name)
     args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--format', name, '--half')
     assert main(*args)[0] == 0
     inferencer = inferencer_of(config)
     for path in sorted(Path('coco/images').iterdir()):
         assert_agrees(predict.Model('b', name), inferencer, path, config.default_scope)
+
+
+@ALL
+def test_core_ml_is_interpreted_and_not_run(config, main):
+    skip_without('coreml')
+    args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--format', 'coreml', '--half')
+    status, out, err = main(*args)
+    assert (status, err) == (0, '')
+    models = json.loads(Path('b/model.json').read_text())['models']
+    for name, limit in (('coreml', 1e-5), ('coreml-fp16', 1e-2)):
+        assert 0 < float(models[name]['error'].replace(' (interpreted, not run)', '')) < limit
+        assert 'ms' not in models[name]
+    assert 'checked by an interpreter of its operations in torch, not run' in Path('b/README.md').read_text()
+    assert predict.main(['coco/images', '--out', 'o', '--bundle', 'b']) == 2
+
+
+@scopes('mmdet', 'mmseg')
+def test_mnn_takes_images_of_any_size(config, main, tmp_path):
+    skip_without('mnn')
+    assert main('tiny.py', 'tiny.pth', '--dynamic', '--out', 'b', '--format', 'mnn')[0] == 0
+    model, inferencer = predict.Model('b'), inferencer_of(config)
+    for path in write_photos(tmp_path / 'photos'):
+        assert_agrees(model, inferencer, path, config.default_scope)
+
+
+@scopes('mmpretrain')
+def test_notes_of_a_format_are_its_own(config, main):
+    """Formats share what they convert, and an int8 one of ONNX leaves layers in float."""
+    skip_without('mnn')
+    args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--batch', 1, '--quantize', 'folders')
+    assert main(*args, '--format', 'mnn', 'onnx')[0] == 0
+    models = json.loads(Path('b/model.json').read_text())['models']
+    assert [name for name, entry in models.items() if 'float_layers' in entry] == ['onnx-int8']
+    assert [name for name, entry in models.items() if 'weights alone' in str(entry['limits'])] == ['mnn-int8']
 
 
 def write_checkpoint(path):
@@ -312,9 +352,10 @@ def test_the_example_is_prepared_by_the_model_size(config, main):
     assert len(model(np.zeros((100, 90, 3), np.uint8))['classes']) == 2
 
 
-@pytest.mark.parametrize('value', [1.01, float('nan')])
+@pytest.mark.parametrize(('name', 'value'), [('onnx', 1.01), ('onnx', float('nan')), ('coreml', 1.01)])
 @ALL
-def test_a_model_that_differs_leaves_nothing(config, main, monkeypatch, value):
+def test_a_model_that_differs_leaves_nothing(config, main, monkeypatch, name, value):
+    skip_without(name)
     own = exporter.replace
 
     def nearly(network, scope, dynamic):
@@ -323,9 +364,9 @@ def test_a_model_that_differs_leaves_nothing(config, main, monkeypatch, value):
 
     monkeypatch.setattr(exporter, 'replace', nearly)
     before = {path.name for path in Path().iterdir()}
-    status, _, err = main('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b')
+    status, _, err = main('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--format', name)
     assert status == 1
-    assert err.startswith('error: onnx: ')
+    assert err.startswith(f'error: {name}: ')
     assert err.endswith('nothing is written\n')
     assert {path.name for path in Path().iterdir()} == before
 
@@ -504,11 +545,13 @@ def test_wrong_use(config, main, monkeypatch):
 
 @scopes('mmdet')
 def test_a_report_lists_what_failed(config, main, monkeypatch):
-    monkeypatch.setitem(
-        formats.FORMATS,
-        'torchscript',
-        formats.Format('torchscript', '', (), '', '', lambda *_: (_ for _ in ()).throw(RuntimeError('no'))),
-    )
+    def fail(source, folder, precision):
+        (folder / 'half').mkdir()
+        (folder / 'half/model.pt').touch()
+        raise RuntimeError('no')
+
+    broken = formats.Format('torchscript', '', (), '', '', fail)
+    monkeypatch.setitem(formats.FORMATS, 'torchscript', broken)
     args = ('tiny.py', 'tiny.pth', '--format', 'onnx', 'torchscript', '--out', 'b')
     assert main(*args)[0] == 1
     assert not Path('b').exists()
@@ -516,6 +559,7 @@ def test_a_report_lists_what_failed(config, main, monkeypatch):
     rows = json.loads(Path('b/report.json').read_text())
     assert [row['model'] for row in rows] == ['torch', 'onnx', 'torchscript']
     assert rows[2]['error'] == 'failed: no'
+    assert not Path('b/half').exists()
     assert '| onnx |' in Path('b/report.md').read_text()
     assert list(predict.Model('b').meta['models']) == ['onnx']
 

@@ -85,7 +85,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata['Version'] == emo2_mm.__version__
     assert metadata['License'] == 'Apache-2.0'
     assert metadata['Requires-Python'] == '>=3.8'
-    extras = {'engine', 'cls', 'kd', 'det', 'seg', 'onnx', 'demo', 'docs', 'dev'}
+    extras = {'engine', 'cls', 'kd', 'det', 'seg', 'onnx', 'export', 'demo', 'docs', 'dev'}
     assert set(metadata.get_all('Provides-Extra')) == extras
     required = [Requirement(r) for r in metadata.get_all('Requires-Dist')]
     # A requirement on mmengine would be installed over one of its forks.

@@ -44,5 +44,6 @@ FORMAT = Format(
     write_mnn,
     precisions=('fp32', 'fp16', 'int8'),
     nms=True,
+    dynamic=True,
     limits=LIMITS,
 )

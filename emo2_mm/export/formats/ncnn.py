@@ -88,7 +88,6 @@ FORMAT = Format(
     write_ncnn,
     precisions=('fp32', 'fp16'),
     argmax=False,
-    environment=('pip install onnx ncnn', 'pip install --no-deps pnnx'),
     limits=(
         'one image at a time; in the file the input is called in0 and the outputs out0, out1, ... in this '
         'order, without the axis of the batch',
