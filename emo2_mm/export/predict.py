@@ -158,7 +158,7 @@ class CoreML:
     """Core ML on macOS: ``pip install coremltools``."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
-        if sys.platform != 'darwin':
+        if platform.system() != 'Darwin':
             raise OSError('Core ML runs on macOS and iOS alone; choose another model with --model')
         self.model = import_module('coremltools').models.MLModel(str(folder / entry['files'][0]))
         self.input, self.outputs = entry['input'], entry['outputs']
