@@ -78,7 +78,8 @@ def error_of(runtime, source):
 @EACH
 def test_a_network_is_exact_in_fp32_and_smaller_in_fp16(name, precision, tmp_path):
     """GELU is not the approximation by tanh, and ncnn does not compute in fp16 unless it is asked to."""
-    source = source_of(tmp_path, Network())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(64, 64))
+    source = source_of(tmp_path, Network(head))
     files = FORMATS[name].convert(source, tmp_path, precision)
     assert all((tmp_path / file).exists() for file in files)
     runtime = coreml.Simulation if name == 'coreml' else lambda *args: predict.RUNTIMES[name](*args, 1)
@@ -158,7 +159,7 @@ def test_the_converter_of_mnn_installs_nothing(tmp_path, monkeypatch):
         mnn.write_mnn(source, tmp_path, precision)
     assert not (tmp_path / 'asked').exists()
     sizes = [(tmp_path / name).stat().st_size for name in ('model.mnn', 'model-fp16.mnn', 'model-int8.mnn')]
-    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 @needs('mnn')
@@ -166,7 +167,7 @@ def test_int8_of_mnn_is_said_to_be_of_weights_alone(tmp_path):
     source = source_of(tmp_path, Network())
     files = mnn.write_mnn(source, tmp_path, 'int8')
     assert 'int8 holds the weights alone; it computes in fp32' in source.notes['limits']
-    assert 1e-4 < error_of(predict.MNN(tmp_path, entry_of(source, files), 1), source) < 0.05
+    assert 1e-3 < error_of(predict.MNN(tmp_path, entry_of(source, files), 1), source) < 0.05
 
 
 @needs('mnn')
