@@ -152,8 +152,9 @@ def skip_without(name):
 @ALL
 def test_other_runtimes(config, main, name):
     skip_without(name)
-    args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--format', name, '--half')
-    assert main(*args)[0] == 0
+    args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--format', name)
+    half = ('--half',) if 'fp16' in formats.FORMATS[name].precisions else ()
+    assert main(*args, *half)[0] == 0
     inferencer = inferencer_of(config)
     for path in sorted(Path('coco/images').iterdir()):
         assert_agrees(predict.Model('b', name), inferencer, path, config.default_scope)

@@ -16,16 +16,14 @@ LIMITS = ('detectors take one image at a time',)
 
 
 def write_mnn(source: Source, folder: Path, precision: str) -> list[str]:
-    """``model.mnn``, ``model-fp16.mnn`` or ``model-int8.mnn``."""
+    """``model.mnn`` or ``model-int8.mnn``."""
     if 'dets' in source.outputs and len(source.example) != 1:
         raise Unsupported('its NMS takes one image at a time; leave out --batch')
     name = 'model.mnn' if precision == 'fp32' else f'model-{precision}.mnn'
     command = [sys.executable, '-c', CONVERT, '-f', 'ONNX', '--bizCode', 'emo2_mm']
     command += ['--modelFile', str(source.onnx_file()), '--MNNModel', str(folder / name)]
     command += ['--useGeluApproximation', '0']  # the default, with tanh, is 1e-3 away
-    if precision == 'fp16':
-        command += ['--fp16']
-    elif precision == 'int8':
+    if precision == 'int8':
         command += ['--weightQuantBits', '8']
         source.notes['limits'] = [*LIMITS, 'int8 holds the weights alone; it computes in fp32']
     result = subprocess.run(command, capture_output=True, text=True)
@@ -42,7 +40,7 @@ FORMAT = Format(
     'onnx MNN',
     'MNN',
     write_mnn,
-    precisions=('fp32', 'fp16', 'int8'),
+    precisions=('fp32', 'int8'),  # its fp16 was 1.3e-2 away in a trained classifier, that of others 1e-3
     nms=True,
     dynamic=True,
     limits=LIMITS,
