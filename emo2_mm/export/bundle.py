@@ -87,6 +87,26 @@ def _alike(models: dict[str, dict[str, Any]]) -> list[tuple[list[str], dict[str,
     return list(found.values())
 
 
+def _web_lines(folder: Path) -> list[str]:
+    """How to open the page of a bundle."""
+    size = (folder / 'web/ort/ort-wasm-simd-threaded.wasm').stat().st_size
+    return [
+        '## In a browser',
+        '',
+        '```bash',
+        'python -m http.server 8000  # in this folder; any web server will do',
+        '```',
+        '',
+        "Open `http://localhost:8000`, or `http://ADDRESS:8000` with this computer's address on a phone in "
+        f'the same network. The page loads the model and {size / 1e6:.0f} MB of WebAssembly from here and '
+        'nothing from elsewhere; pictures stay on the device. Browsers give live video only to `https` and '
+        '`localhost`; elsewhere the button Camera of a phone takes a photo. The model runs in one thread; in '
+        'up to four if the server sends `Cross-Origin-Opener-Policy: same-origin` and '
+        '`Cross-Origin-Embedder-Policy: require-corp`.',
+        '',
+    ]
+
+
 def write_readme(
     folder: Path,
     meta: dict[str, Any],
@@ -134,6 +154,8 @@ def write_readme(
             '```',
             '',
         ]
+    if any(entry['runtime'] == 'web' for entry in models.values()):
+        lines += _web_lines(folder)
     if picture:
         lines += [f'![An example]({picture})', '']
     if len(installs) > 1:

@@ -113,6 +113,7 @@ class Exporter:
             folder = self.work / f'{answers}-{dtype}-{free}'
             folder.mkdir()
             source = Source(network, example, network.names, axes, self.meta, folder, opset=options.opset)
+            source.picture = next(iter(self.pictures), None)
             self._sources[key] = source, reference
         return self._sources[key]
 

@@ -180,6 +180,7 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any], int | None], Any]] = {
     'ncnn': Ncnn,
     'mnn': MNN,
     'coreml': CoreML,
+    'web': OnnxRuntime,  # the page of index.html has the same file
 }
 
 

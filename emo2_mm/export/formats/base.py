@@ -40,6 +40,7 @@ class Source:
         axes: Axes of ``image`` and of the outputs that are free, with names: ``{'image': {0: 'batch'}}``.
         meta: Content of model.json but for ``models``, to be stored in the file where it has room.
         folder: Temporary folder for intermediate files.
+        picture: A picture (H, W, 3) uint8 in RGB to show the model with, if there is one.
         calibration: Inputs of a batch of one for int8, if asked for.
         opset: Of ONNX; None is the newest that suits all.
         notes: What a converter adds to the entry in model.json.
@@ -51,6 +52,7 @@ class Source:
     axes: dict[str, dict[int, str]]
     meta: dict[str, Any]
     folder: Path
+    picture: np.ndarray | None = None
     calibration: list[np.ndarray] = field(default_factory=list)
     opset: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
