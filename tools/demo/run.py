@@ -29,6 +29,7 @@ from shrink import CLASSIFIER, METHODS, Method, shrink
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path('work_dirs/demo')
 ALL = OUT / 'all'  # what only --all makes
+PAGE = OUT / 'page'
 DATA = Path('data/digits')
 DETECTOR = 'configs/demo/retinanet_emo2_1m_digits.py'
 NOT_SHOWN = re.compile(r'\b(base_lr|lr|time|data_time|memory|grad_norm|\w+\.?loss\w*|loss_\w+): \S+ *')
@@ -84,7 +85,33 @@ def make_steps() -> list[Step]:
     title = 'RetinaNet on EMOv2-1M, from these weights, detects them (MMDetection)'
     keep = f'test_evaluator.outfile_prefix={OUT}/test-detect/predictions'
     detect = train_and_test('detect', title, 7, DETECTOR, OUT, 'classify', '--cfg-options', keep)
-    return [*data_and_classifier(), *detect, make_report('report', OUT, ['test-classify', 'test-detect'])]
+    report = make_report('report', OUT, ['test-classify', 'test-detect'])
+    return [*data_and_classifier(), *detect, report, *([] if missing_for_page() else [make_page()])]
+
+
+def missing_for_page() -> list[str]:
+    """What has to be installed for the page, in words."""
+    from emo2_mm.export.formats import FORMATS  # it imports torch
+
+    return FORMATS['web'].missing()
+
+
+def make_page() -> Step:
+    checkpoint = last_checkpoint(DETECTOR, OUT / 'detect')
+    command = ['tools/export.py', DETECTOR, checkpoint, '--format', 'web', '--out', str(PAGE)]
+    return Step(
+        'page', 'put the detector on a page for a browser', 0.5, command, [PAGE], [DETECTOR], ['detect']
+    )
+
+
+def how_to_open() -> str:
+    """The command that opens the page, or those that are needed for it."""
+    if not missing_for_page():
+        return f'in a browser: python -m http.server 8000 --directory {PAGE}, then open http://localhost:8000'
+    from emo2_mm.export.formats import FORMATS
+
+    commands = '\n'.join(f'  {command}' for command in FORMATS['web'].environment[:2])
+    return f'to try the detector in a browser, run these and `make demo` again:\n{commands}'
 
 
 def make_all_steps() -> list[Step]:
@@ -202,6 +229,8 @@ def main() -> None:
     args = parser.parse_args()
     run_steps(make_all_steps() if args.all else make_steps(), args.again)
     print(json.loads(((ALL if args.all else OUT) / 'results.json').read_text())['summary'])
+    if not args.all:
+        print(how_to_open())
 
 
 if __name__ == '__main__':

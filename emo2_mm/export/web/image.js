@@ -22,7 +22,7 @@ export function dropAlpha({ data, width, height }) {
 // ---------------------------------------------------------------------------------------------- resizing
 
 /** For each new place along an axis: its two old neighbors and their weights in 1/2048, as in OpenCV. */
-function neighbors(old, size, clamp) {
+function neighbors(old, size) {
   const first = new Int32Array(size);
   const second = new Int32Array(size);
   const a = new Int32Array(size);
@@ -30,8 +30,7 @@ function neighbors(old, size, clamp) {
   for (let i = 0; i < size; i++) {
     const x = Math.fround((i + 0.5) * (1 / (size / old)) - 0.5);
     const floor = Math.floor(x);
-    let share = Math.fround(x - floor);
-    if (clamp && (floor < 0 || floor >= old - 1)) share = 0;
+    const share = Math.fround(x - floor);
     a[i] = round(Math.fround(1 - share) * 2048);
     b[i] = round(share * 2048);
     first[i] = Math.min(Math.max(floor, 0), old - 1);
@@ -42,8 +41,8 @@ function neighbors(old, size, clamp) {
 
 /** OpenCV's INTER_LINEAR in its fixed-point arithmetic. */
 function resizeBilinear(image, width, height) {
-  const across = neighbors(image.width, width, true);
-  const down = neighbors(image.height, height, false);
+  const across = neighbors(image.width, width);
+  const down = neighbors(image.height, height);
   const found = new Uint8Array(width * height * 3);
   const stretch = (y) => {
     const row = new Int32Array(width * 3);

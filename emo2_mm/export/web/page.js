@@ -135,7 +135,7 @@ function summarize(result) {
   const counts = new Map();
   for (const item of result.objects) counts.set(item.class, (counts.get(item.class) ?? 0) + 1);
   if (!counts.size) return 'Nothing found';
-  const parts = Array.from(counts, ([name, count]) => (count === 1 ? name : `${count} × ${name}`));
+  const parts = Array.from(counts, ([name, count]) => (count === 1 ? name : `${count}\u00a0×\u00a0${name}`));
   const total = result.objects.length;
   return `${total} ${total === 1 ? 'object' : 'objects'}: ${parts.join(', ')}`;
 }
@@ -328,6 +328,7 @@ function showScore() {
 async function offerBackends() {
   if (!(await navigator.gpu?.requestAdapter())) return;
   const response = await fetch(new URL('ort/ort.webgpu.bundle.min.mjs', import.meta.url), { method: 'HEAD' });
+  await response.text(); // a request whose answer is not read counts as aborted
   ui['backend-row'].hidden = !response.ok;
 }
 

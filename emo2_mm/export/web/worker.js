@@ -52,7 +52,10 @@ async function load(message) {
   const cores = Math.min(4, navigator.hardwareConcurrency || 1);
   ort.env.wasm.numThreads = crossOriginIsolated ? cores : 1;
   ort.env.logLevel = 'error';
-  session = await ort.InferenceSession.create(model, { executionProviders: [message.backend] });
+  session = await ort.InferenceSession.create(model, {
+    executionProviders: [message.backend],
+    logSeverityLevel: 3, // errors; warnings would appear as errors in the console
+  });
   postMessage({ type: 'ready', threads: ort.env.wasm.numThreads });
 }
 
