@@ -1,6 +1,6 @@
 """Run what `tools/export.py --format web` has written in headless Chromium, and compare it with predict.py.
 
-    python scripts/check_web.py DIR IMAGE_OR_FOLDER [--screenshots FOLDER]
+    python scripts/check_web.py DIR IMAGE_OR_FOLDER [--screenshot PNG]
 
 The page must find the same as predict.py: boxes with an IoU above 0.98 and scores within 0.02, the same best
 class, 99.5 % of the pixels in the same segments. Messages of errors in its console, and requests to other
@@ -18,11 +18,13 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from threading import Thread
 from typing import Any, Iterator
 
 import numpy as np
+from PIL import Image
 
 from emo2_mm.export import predict
 from emo2_mm.export.compare import match_boxes
@@ -31,8 +33,11 @@ CHROMIUM = os.environ.get('CHROMIUM', '/usr/bin/chromium')
 ANSWERED = "window.lastResult || !document.getElementById('error').hidden"
 DESKTOP = dict(viewport=dict(width=1280, height=800))
 PHONE = dict(viewport=dict(width=390, height=844), is_mobile=True, has_touch=True, device_scale_factor=2)
+# Of the screenshot: the first two show the first bundle, the third the second.
 SCREENS: list[dict[str, Any]] = [
-    dict(**device, color_scheme=scheme) for device in (DESKTOP, PHONE) for scheme in ('light', 'dark')
+    dict(**DESKTOP, color_scheme='light'),
+    dict(**PHONE, color_scheme='dark'),
+    dict(**PHONE, color_scheme='light'),
 ]
 PATIENCE = 1200  # times 50 ms
 
@@ -176,26 +181,53 @@ def compare(browser: Browser, model: predict.Model, images: list[Path]) -> list[
     return found + browser.errors
 
 
+def shoot(browser: Browser, image: Path, settings: dict[str, Any]) -> Image.Image:
+    """What the page looks like with a picture, in CSS pixels."""
+    browser.ask(image)
+    found = Image.open(BytesIO(browser.page.screenshot()))
+    size = settings['viewport']['width'], settings['viewport']['height']
+    return found.convert('RGB').resize(size, Image.Resampling.LANCZOS)
+
+
+def side_by_side(pictures: list[Image.Image], gap: int = 20) -> Image.Image:
+    """Pictures in a row, on a transparent ground."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    joined = Image.new('RGBA', (width, max(picture.height for picture in pictures)))
+    x = 0
+    for picture in pictures:
+        joined.paste(picture, (x, 0))
+        x += picture.width + gap
+    return joined
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('bundle', type=Path, metavar='DIR')
-    parser.add_argument('images', type=Path, metavar='IMAGE_OR_FOLDER')
-    parser.add_argument('--screenshots', type=Path, metavar='FOLDER', help='also save pictures of the page')
+    parser.add_argument(
+        'paths', type=Path, nargs='+', metavar='PATH', help='DIR IMAGE_OR_FOLDER, once or more'
+    )
+    parser.add_argument(
+        '--screenshot', type=Path, metavar='PNG', help='save a picture of the pages: see SCREENS'
+    )
     args = parser.parse_args()
-    images = predict.find_images(args.images)
-    model = predict.Model(args.bundle, 'web', 1)
+    if len(args.paths) % 2:
+        parser.error('give pairs of a bundle and an image or folder')
+    pairs = [(path, predict.find_images(images)) for path, images in zip(args.paths[::2], args.paths[1::2])]
+    problems = []
     with launch() as chromium:
-        with open_bundle(chromium, args.bundle, **SCREENS[0]) as browser:
-            problems = compare(browser, model, images)
-            print('milliseconds of the model in the last picture:', browser.page.inner_text('#ms-run'))
-        for settings in SCREENS if args.screenshots else []:
-            with open_bundle(chromium, args.bundle, **settings) as browser:
-                browser.ask(images[0])
-                name = f'{settings["viewport"]["width"]}-{settings["color_scheme"]}.png'
-                browser.page.screenshot(path=args.screenshots / name)
-                problems += browser.errors
+        for bundle, images in pairs:
+            with open_bundle(chromium, bundle, **SCREENS[0]) as browser:
+                problems += compare(browser, predict.Model(bundle, 'web', 1), images)
+                print('milliseconds of the model in the last picture:', browser.page.inner_text('#ms-run'))
+        if args.screenshot:
+            shots = []
+            for i, settings in enumerate(SCREENS):
+                bundle, images = pairs[min(i // 2, len(pairs) - 1)]
+                with open_bundle(chromium, bundle, **settings) as browser:
+                    shots.append(shoot(browser, images[0], settings))
+                    problems += browser.errors
+            side_by_side(shots).save(args.screenshot, optimize=True)
     for problem in problems:
         print(f'error: {problem}', file=sys.stderr)
     return 1 if problems else 0

@@ -22,6 +22,8 @@ from mmengine.registry import MODELS, DefaultScope
 from pycocotools.coco import COCO
 from shrink import METHODS, shrink
 
+from emo2_mm.export.formats import web
+
 BOX, MASK = 'coco/bbox_mAP', 'coco/segm_mAP'
 
 
@@ -241,6 +243,17 @@ CHANGES = {
     'custom_hooks': ('0.momentum',),
     'env_cfg': (),
 }
+
+
+def test_the_demo_ends_with_what_opens_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('onnxruntime')
+    monkeypatch.setenv(web.VARIABLE, str(tmp_path))
+    assert 'npm install --prefix' in run.how_to_open()
+    assert 'page' not in [step.name for step in run.make_steps()]
+    for name in web.NEEDED:
+        (tmp_path / name).touch()
+    assert 'python -m http.server 8000 --directory work_dirs/demo/page' in run.how_to_open()
+    assert run.make_steps()[-1].command[-2:] == ['--out', 'work_dirs/demo/page']
 
 
 class TestShrink:

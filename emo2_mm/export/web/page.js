@@ -53,6 +53,7 @@ function explain({ stage, message }) {
 function start() {
   stopCamera();
   worker?.terminate();
+  for (const [, reject] of waiting.values()) reject(null); // nobody answers any more
   waiting.clear();
   enable(false);
   ui.canvas.hidden = true;
@@ -199,7 +200,7 @@ function redraw() {
 
 // ---------------------------------------------------------------------------------------------- pictures
 
-/** Run the model on a file or a frame. */
+/** Run the model on a file or a frame, and show the result; whether that worked. */
 async function run(picture) {
   const transfer = picture instanceof ImageBitmap ? [picture] : [];
   ui.picture.setAttribute('aria-busy', 'true');
@@ -209,8 +210,10 @@ async function run(picture) {
     shown = { bitmap, result, view, ms };
     showError(null);
     showResult();
+    return true;
   } catch (error) {
-    showError(error);
+    if (error) showError(error);
+    return false;
   } finally {
     ui.picture.removeAttribute('aria-busy');
   }
@@ -244,14 +247,19 @@ async function startCamera() {
   ui.camera.setAttribute('aria-pressed', 'true');
   ui.camera.lastElementChild.textContent = 'Stop';
   video.srcObject = stream;
-  await video.play();
-  while (stream === own) {
-    await run(await createImageBitmap(video));
+  try {
+    await video.play();
+    let works = true;
+    while (works && stream === own) works = await run(await createImageBitmap(video));
+  } catch (error) {
+    showError(new Error(`The camera has stopped: ${error.message}`));
   }
   for (const track of own.getTracks()) track.stop();
+  if (stream === own) stopCamera();
 }
 
 function stopCamera() {
+  if (stream && shown) ui.status.textContent = summarize(shown.result); // it may not have been announced yet
   stream = null; // the loop ends, and the camera with it
   ui.camera.setAttribute('aria-pressed', 'false');
   ui.camera.lastElementChild.textContent = 'Camera';
