@@ -128,7 +128,7 @@ function showAbout(entry) {
 /** What was found, in a sentence. */
 function summarize(result) {
   const percent = (x) => `${Math.round(100 * x)} %`;
-  if (result.classes) return `${result.classes[0].class}, ${percent(result.classes[0].score)}`;
+  if (result.classes) return `${result.classes[0].class} (${percent(result.classes[0].score)})`;
   if (result.segments) {
     const parts = result.segments.slice(0, 3).map((item) => `${percent(item.share)} ${item.class}`);
     return parts.join(', ');
