@@ -29,6 +29,7 @@ from .accuracy import evaluate, headline, validation_images
 from .bundle import building, write_metadata, write_program, write_readme
 from .compare import LIMITS, compare
 from .end_to_end import MEANINGS, EndToEnd, Normalize, Unsupported
+from .environment import Runtime, runtimes
 from .formats import FORMATS, Format, Source, find_formats
 from .int8 import find_images
 from .loading import Loaded, Options, folded, load
@@ -222,6 +223,8 @@ class Exporter:
         if form.simulate:
             entry['error'] += ' (interpreted, not run)'
             return Exported(entry, None, inputs[0])
+        if isinstance(runtime, Runtime):
+            return Exported(entry, lambda: runtime.repeat(names), inputs[0])
         return Exported(entry, lambda: runtime(inputs[0], names), inputs[0])
 
     def calibrate(self, entry: dict[str, Any]) -> list[np.ndarray]:
@@ -314,7 +317,8 @@ def export(config: str, checkpoint: str, options: Options) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     try:
-        with tempfile.TemporaryDirectory() as work, building(options.out) as folder:
+        pythons = {form.name: form.python() for form in formats}
+        with tempfile.TemporaryDirectory() as work, building(options.out) as folder, runtimes(pythons):
             exporter = Exporter(loaded, meta, shape, options, Path(work))
             exporter.pictures, exporter.calibration = pictures, images
             build(cfg, exporter, formats, folder, console)

@@ -173,6 +173,36 @@ class CoreML:
         return [np.asarray(found[name]).astype(types[name], copy=False) for name in names]
 
 
+class LiteRT:
+    """LiteRT, earlier called TensorFlow Lite, on the CPU: ``pip install ai-edge-litert``."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
+        path = str(folder / entry['files'][0])
+        interpreter = import_module('ai_edge_litert.interpreter').Interpreter(path, num_threads=threads)
+        self.runner = interpreter.get_signature_runner()
+        self.input = entry['input']['name']
+
+    def __call__(self, image: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+        found = self.runner(**{self.input: image})
+        return [found[name] for name in names]
+
+
+class ExecuTorch:
+    """ExecuTorch on the CPU: ``pip install executorch torch``."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], threads: int | None) -> None:
+        self.torch = import_module('torch')
+        if threads:
+            import_module('executorch.extension.pybindings.portable_lib')._unsafe_reset_threadpool(threads)
+        runtime = import_module('executorch.runtime').Runtime.get()
+        self.method = runtime.load_program(str(folder / entry['files'][0])).load_method('forward')
+        self.names = [output['name'] for output in entry['outputs']]
+
+    def __call__(self, image: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+        found = dict(zip(self.names, self.method.execute([self.torch.from_numpy(image)])))
+        return [found[name].numpy() for name in names]
+
+
 RUNTIMES: dict[str, Callable[[Path, dict[str, Any], int | None], Any]] = {
     'onnx': OnnxRuntime,
     'openvino': OpenVINO,
@@ -181,6 +211,8 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any], int | None], Any]] = {
     'mnn': MNN,
     'coreml': CoreML,
     'web': OnnxRuntime,  # the page of index.html has the same file
+    'litert': LiteRT,
+    'executorch': ExecuTorch,
 }
 
 

@@ -29,7 +29,7 @@ from mmengine.model import revert_sync_batchnorm
 from PIL import Image
 
 import emo2_mm
-from emo2_mm.export import exporter, formats, int8, predict, report
+from emo2_mm.export import environment, exporter, formats, int8, predict, report
 from emo2_mm.export.compare import match_boxes
 
 onnx = pytest.importorskip('onnx')
@@ -192,6 +192,64 @@ def test_notes_of_a_format_are_its_own(config, main):
     models = json.loads(Path('b/model.json').read_text())['models']
     assert [name for name, entry in models.items() if 'float_layers' in entry] == ['onnx-int8']
     assert [name for name, entry in models.items() if 'weights alone' in str(entry['limits'])] == ['mnn-int8']
+
+
+@pytest.fixture(params=['litert', 'executorch'])
+def form(request):
+    """A format whose packages may be in an environment of its own."""
+    found = formats.FORMATS[request.param]
+    if found.missing():
+        pytest.skip(f'{", ".join(found.missing())} missing; run {"; ".join(found.environment)}')
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@ALL
+def test_formats_with_environments_of_their_own(config, main, form):
+    """Also in smaller precisions, and by predict.py as a program there."""
+    args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--format', form.name)
+    small = [precision for precision in form.precisions if precision != 'fp32']
+    more = dict(fp16=['--half'], int8=['--quantize', 'coco/images'])
+    status, out, err = main(*args, *[option for each in small for option in more[each]])
+    assert (status, err) == (0, '')
+    with environment.runtimes({form.name: form.python()}):
+        models = [predict.Model('b', '-'.join((form.name, *p))) for p in [(), *([p] for p in small)]]
+        inferencer = inferencer_of(config)
+        for path in sorted(Path('coco/images').iterdir()):
+            assert_agrees(models[0], inferencer, path, config.default_scope)
+        answers = models[0](path, 0.0)
+        outputs = [model.run(model.prepare(path).array) for model in models]
+        assert outputs[0].keys() == {output['name'] for output in models[0].entry['outputs']}
+    assert [output['dtype'] for output in models[0].entry['outputs']] == [
+        str(y.dtype) for y in outputs[0].values()
+    ]
+    for rough, largest in zip(outputs[1:], (0.01, 0.2)):
+        name = 'logits' if 'logits' in rough else next(iter(rough))
+        difference = np.linalg.norm(rough[name] - outputs[0][name])
+        assert 0 < difference < largest * np.linalg.norm(outputs[0][name])
+    sizes = [model.entry['MB'] for model in models]
+    assert sizes == sorted(sizes, reverse=True)
+    command = [form.python(), 'b/predict.py', 'coco/images', '--out', 'out', '--score-thr', '0']
+    result = subprocess.run(command, capture_output=True, text=True, env={'PATH': '/usr/bin:/bin'})
+    assert result.returncode == 0, result.stderr
+    found = json.loads(Path(f'out/preds/{path.name}.json').read_text())
+    for key in {'objects', 'classes', 'segments'} & answers.keys():
+        assert found[key] == answers[key]
+    if form.name == 'litert':
+        assert b'"night", "day"' in Path('b/model.tflite').read_bytes()  # metadata
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@scopes('mmpretrain')
+def test_a_fixed_batch_in_an_environment_of_its_own(config, main, form):
+    args = ('tiny.py', 'tiny.pth', '--shape', 64, '--out', 'b', '--batch', 3, '--format', form.name)
+    assert main(*args)[0] == 0
+    with environment.runtimes({form.name: form.python()}):
+        model = predict.Model('b')
+        assert model.entry['input']['shape'] == [3, 64, 64, 3]
+        assert_agrees(model, inferencer_of(config), sorted(Path('coco/images').iterdir())[1], 'mmpretrain')
 
 
 def write_checkpoint(path):

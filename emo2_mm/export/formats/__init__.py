@@ -7,13 +7,14 @@ A format is an entry of :data:`FORMATS`. Its file is run by the class of the sam
 from __future__ import annotations
 
 from ...errors import UserError
-from . import coreml, mnn, ncnn, onnx, openvino, torchscript, web
+from . import coreml, executorch, litert, mnn, ncnn, onnx, openvino, torchscript, web
 from .base import Format, Source
 
 __all__ = ['FORMATS', 'Format', 'Source', 'find_formats']
 
 FORMATS: dict[str, Format] = {
-    module.FORMAT.name: module.FORMAT for module in (onnx, openvino, torchscript, ncnn, mnn, coreml, web)
+    module.FORMAT.name: module.FORMAT
+    for module in (onnx, openvino, torchscript, ncnn, mnn, coreml, web, litert, executorch)
 }
 
 

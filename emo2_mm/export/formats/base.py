@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from .. import int8
+from .. import environment, int8
 from ..onnx_network import trace
 
 
@@ -92,6 +93,30 @@ class Source:
         at = 1 if self.example.dtype == torch.uint8 else 2
         return list(self.example.shape[at : at + 2])
 
+    def torchscript_file(self) -> Path:
+        """The model as a TorchScript file in :attr:`folder`, traced once."""
+        path = self.folder / 'source.pt'
+        if not path.exists():
+            with torch.no_grad():
+                traced = torch.jit.trace(self.network, self.example, check_trace=False)
+            torch.jit.save(torch.jit.freeze(traced.eval()), str(path))
+        return path
+
+    def convert_elsewhere(self, form: Format, file: Path, precision: str) -> None:
+        """Write a file in a format whose packages may be in an environment of its own."""
+        job = dict(
+            format=form.name,
+            network=str(self.torchscript_file()),
+            shape=list(self.example.shape),
+            dtype=str(self.example.dtype).split('.')[-1],
+            outputs=self.outputs,
+            metadata=flat_metadata(self.meta),
+            precision=precision,
+            threads=torch.get_num_threads(),
+            file=str(file),
+        )
+        environment.convert(form.python(), job)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -117,7 +142,8 @@ class Format:
         simulate: For a format that cannot run on Linux: from the bundle's folder and the entry in model.json
             to what computes in another way what the file says, called as the classes of
             ``predict.RUNTIMES`` are; raises ``UserError`` if the file is wrong.
-        environment: Commands for an environment of its own, where ``install`` does not fit into this one.
+        environment: Commands for an environment of its own, where ``install`` does not fit into this one;
+            then :mod:`emo2_mm.export.environment` finds it.
         limits: What it cannot do, in words.
     """
 
@@ -138,8 +164,21 @@ class Format:
     environment: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
+    def python(self) -> str:
+        """The Python that has the modules: this one, or that of an environment of its own."""
+        own = any(environment.variable(self.name) in command for command in self.environment)
+        if own and self._missing_here():
+            return environment.find_python(self.name) or sys.executable
+        return sys.executable
+
     def missing(self) -> list[str]:
-        """Modules that are not installed."""
+        """Modules that are not installed, in the environment of its own if there is one."""
+        python = self.python()
+        if python == sys.executable:
+            return self._missing_here()
+        return environment.missing_modules(python, self.modules)
+
+    def _missing_here(self) -> list[str]:
         return [name for name in self.modules if importlib.util.find_spec(name) is None]
 
     def require(self) -> None:
@@ -148,8 +187,9 @@ class Format:
         if missing:
             commands = self.environment or (f'pip install {self.install}',)
             remedy = '\n'.join(f'  {command}' for command in commands)
+            where = 'here' if self.python() == sys.executable else f'for {self.python()}'
             raise UserError(
-                f'--format {self.name} needs {", ".join(missing)}, not installed here; run\n{remedy}'
+                f'--format {self.name} needs {", ".join(missing)}, not installed {where}; run\n{remedy}'
             )
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-
-import torch
 
 from .base import Format, Source
 
 
 def write_torchscript(source: Source, folder: Path, precision: str) -> list[str]:
     """``model.pt``, traced."""
-    with torch.no_grad():
-        traced = torch.jit.trace(source.network, source.example, check_trace=False)
-    traced = torch.jit.freeze(traced.eval())
-    torch.jit.save(traced, str(folder / 'model.pt'))
+    shutil.copyfile(source.torchscript_file(), folder / 'model.pt')
     return ['model.pt']
 
 
