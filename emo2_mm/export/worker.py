@@ -18,8 +18,9 @@ import sys
 import warnings
 from functools import partial
 from importlib import import_module
+from operator import getitem
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Sequence
+from typing import IO, Any, Callable, Sequence
 
 import numpy as np
 
@@ -38,20 +39,20 @@ RECIPE_FP16 = [  # weights of layers are cast when the model is loaded
 ]
 
 
-def send(stream: BinaryIO, content: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+def send(stream: IO[bytes], content: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
     """Write a message: a line of JSON, and arrays, whose bytes it counts."""
     parts = []
     for array in arrays:
-        part = io.BytesIO()
-        np.save(part, array, allow_pickle=False)
-        parts.append(part.getvalue())
+        file = io.BytesIO()
+        np.save(file, array, allow_pickle=False)
+        parts.append(file.getvalue())
     stream.write(json.dumps({**content, 'arrays': [len(part) for part in parts]}).encode() + b'\n')
     for part in parts:
         stream.write(part)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], list[np.ndarray]]:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Read a message that :func:`send` wrote; ``EOFError`` if the other side has ended."""
     line = stream.readline()
     if not line:
@@ -59,6 +60,18 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], list[np.ndarray]]:
     content = json.loads(line)
     parts = [io.BytesIO(stream.read(count)) for count in content.pop('arrays')]
     return content, [np.load(part, allow_pickle=False) for part in parts]
+
+
+def usual_form(name: str, overload: str, arguments: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """An operation of TorchScript and its arguments as converters know it."""
+    aten = import_module('torch').ops.aten
+    if name == '_convolution':  # it has further arguments, about CUDA
+        return aten.convolution.default, arguments[:9]
+    if name.startswith('upsample_') and not overload:
+        x, size, *corners, high, wide = arguments
+        scales = None if high is None else [high, wide]
+        return getattr(aten, name).vec, [x, None if scales else size, *corners, scales]
+    return getattr(getattr(aten, name), overload or 'default'), arguments
 
 
 def read_network(path: str, image: Any, outputs: list[str]) -> Any:
@@ -103,7 +116,8 @@ def read_network(path: str, image: Any, outputs: list[str]) -> Any:
             values.update(zip(outs, given[0]))
             if ins[0] in nodes:
                 source = nodes[ins[0]]
-                nodes.update((name, source[i]) for i, name in enumerate(outs))
+                items = [(source, i) for i in range(len(outs))]
+                nodes.update(zip(outs, (graph.call_function(getitem, item) for item in items)))
         elif kind == 'prim::NumToTensor':
             values[outs[0]] = torch.tensor(given[0])
         elif kind in ('aten::Int', 'aten::Float'):
@@ -111,17 +125,15 @@ def read_network(path: str, image: Any, outputs: list[str]) -> Any:
         elif kind.startswith('aten::'):
             schema = torch._C.parse_schema(step.schema())
             count = sum(not each.kwarg_only for each in schema.arguments)
-            name, keys = kind[len('aten::') :], [each.name for each in schema.arguments[count:]]
-            if name == '_convolution':  # it has further arguments, about CUDA
-                name, ins, count = 'convolution', ins[:9], 9
-            function = getattr(getattr(torch.ops.aten, name), schema.overload_name or 'default')
-            given = [values[each] for each in ins]
-            values[outs[0]] = found = function(*given[:count], **dict(zip(keys, given[count:])))
-            if isinstance(found, (torch.Tensor, list, tuple)) and any(each in nodes for each in ins):
+            keys = [each.name for each in schema.arguments[count:]]
+            function, arguments = usual_form(kind[len('aten::') :], schema.overload_name, given[:count])
+            found = function(*arguments, **dict(zip(keys, given[count:])))
+            values[outs[0]] = found
+            if isinstance(found, (torch.Tensor, list, tuple)) and any(name in nodes for name in ins):
                 given = list(map(argument, ins))
-                nodes[outs[0]] = graph.call_function(
-                    function, tuple(given[:count]), dict(zip(keys, given[count:]))
-                )
+                _, arguments = usual_form(kind[len('aten::') :], schema.overload_name, given[:count])
+                named = dict(zip(keys, given[count:]))
+                nodes[outs[0]] = graph.call_function(function, tuple(arguments), named)
         else:
             raise ValueError(f'{kind}: an operation of TorchScript that is not known here')
     found = nodes[next(iter(script.outputs())).debugName()]
