@@ -99,7 +99,9 @@ def read_network(path: str, image: Any, outputs: list[str]) -> Any:
         if name in nodes or not isinstance(values[name], torch.Tensor):
             return nodes.get(name, values[name])
         constant = f'constant_{len(module._buffers)}'
-        module.register_buffer(constant, values[name])
+        # ExecuTorch writes the storage from its start, whatever part of it the tensor is.
+        value = values[name].detach().clone(memory_format=torch.contiguous_format)
+        module.register_buffer(constant, value)
         nodes[name] = graph.get_attr(constant)
         return nodes[name]
 

@@ -70,6 +70,7 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer, self.norm = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.LayerNorm(4)
+        self.layer.weight.data = torch.randn(8, 3, 3, 3)[4:]  # part of a larger tensor
 
     def forward(self, image):
         x = self.layer(image.permute(0, 3, 1, 2).float() / 255)
@@ -96,6 +97,7 @@ def test_a_traced_network_becomes_one_of_torch_fx(tmp_path):
     for a, b in zip(ours.values(), theirs):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+    assert all(b.storage_offset() == 0 and b.is_contiguous() for b in found.buffers())
     assert 'size' not in str(found.graph)
     assert 'arange' not in str(found.graph)
 
