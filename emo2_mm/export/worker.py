@@ -151,22 +151,22 @@ def to_litert(network: Callable[[], Any], image: Any, job: dict[str, Any]) -> by
     exact = Path(f'{job["network"]}.tflite')  # kept for the other precisions
     if not exact.exists():
         import_module('litert_torch').convert(network(), sample_kwargs={'image': image}).export(str(exact))
-    content = exact.read_bytes()
-    if job['precision'] != 'fp32':
-        recipes = import_module('ai_edge_quantizer.recipe')
-        recipe = RECIPE_FP16 if job['precision'] == 'fp16' else recipes.dynamic_wi8_afp32()
-        quantizer = import_module('ai_edge_quantizer.quantizer').Quantizer(content, recipe)
-        content = quantizer.quantize(enable_progress_report=False).quantized_model
     tools = import_module('ai_edge_litert.tools.flatbuffer_utils')
     schema = import_module('ai_edge_litert.schema_py_generated')
-    model = tools.convert_bytearray_to_object(content)
+    model = tools.convert_bytearray_to_object(exact.read_bytes())
     for key, value in job['metadata'].items():
         buffer, entry = schema.BufferT(), schema.MetadataT()
         buffer.data = np.frombuffer(value.encode(), np.uint8)
         entry.name, entry.buffer = key, len(model.buffers)
         model.buffers.append(buffer)
         model.metadata = [*(model.metadata or []), entry]
-    return bytes(tools.convert_object_to_bytearray(model))
+    content = bytes(tools.convert_object_to_bytearray(model))
+    if job['precision'] == 'fp32':
+        return content
+    recipes = import_module('ai_edge_quantizer.recipe')
+    recipe = RECIPE_FP16 if job['precision'] == 'fp16' else recipes.dynamic_wi8_afp32()
+    quantizer = import_module('ai_edge_quantizer.quantizer').Quantizer(content, recipe)
+    return bytes(quantizer.quantize(enable_progress_report=False).quantized_model)
 
 
 def to_executorch(network: Callable[[], Any], image: Any, job: dict[str, Any]) -> bytes:

@@ -237,7 +237,8 @@ def test_formats_with_environments_of_their_own(config, main, form):
     for key in {'objects', 'classes', 'segments'} & answers.keys():
         assert found[key] == answers[key]
     if form.name == 'litert':
-        assert b'"night", "day"' in Path('b/model.tflite').read_bytes()  # metadata
+        for name in ('model', 'model-fp16', 'model-int8'):
+            assert b'"night", "day"' in Path(f'b/{name}.tflite').read_bytes()  # metadata
 
 
 @pytest.mark.slow
