@@ -40,7 +40,9 @@ class _Packed(NamedTuple):
     sample: Tensor  # a view
     values: Tensor  # its elements at that time
     packed: Tensor
-    rows: int  # of the input that MKL packs for; it takes the plain weight for others
+    rows: (
+        int  # of the input that MKL packs for; for others it would take the plain weight, and round otherwise
+    )
 
 
 class PackedLinear(nn.Linear):
@@ -82,6 +84,7 @@ class PackedLinear(nn.Linear):
             or made.weight is not weight
             or made.version != weight._version
             or made.address != weight.data_ptr()
+            or (USES_MKL and made.rows != rows)
             or not torch.equal(made.sample, made.values)
         ):
             made = self._packed = _pack(weight, rows)

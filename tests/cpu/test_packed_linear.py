@@ -78,13 +78,14 @@ class TestLinear:
         assert not packed
 
     @torch.no_grad()
-    def test_another_number_of_rows(self, packed: list[Tensor]) -> None:
-        own = layer()
-        for shape in ((1, 4, 4, 11), (2, 3, 5, 11), (1, 1, 1, 11), (1, 4, 4, 11)):
-            x = torch.randn(shape)
-            expected = nn.functional.linear(x, own._parameters['weight'], own.bias)
-            torch.testing.assert_close(linear(own, x), expected, rtol=LIMIT, atol=LIMIT)
-        assert all(weight is packed[0] for weight in packed)
+    def test_rounding_does_not_depend_on_earlier_inputs(self) -> None:
+        own, shapes = layer(), [(1, 16, 16, 11), (2, 3, 5, 11), (1, 1, 1, 11)]
+        images = [torch.randn(shape) for shape in shapes]
+        expected = [linear(deepcopy(own), x) for x in images]
+        for i in (0, 1, 2, 1, 0):
+            assert torch.equal(linear(own, images[i]), expected[i])
+            plain = nn.functional.linear(images[i], own._parameters['weight'], own.bias)
+            torch.testing.assert_close(expected[i], plain, rtol=LIMIT, atol=LIMIT)
 
     @torch.no_grad()
     def test_layout_does_not_matter(self) -> None:
